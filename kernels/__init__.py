@@ -1,0 +1,1 @@
+"""Device code and what launches it; knows nothing of autograd."""

@@ -1,0 +1,1 @@
+"""Throughput profiling: workloads, peers, measuring, static inspection, reports."""
