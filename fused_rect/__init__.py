@@ -1,0 +1,15 @@
+"""fused_rect: a convolution's bias-add and its rectifier in one pass (ReLU, Leaky ReLU, PReLU, RReLU).
+
+    import fused_rect as fr
+    layer = fr.nn.ConvRReLU2d(64, 64, 3, padding=1)      # a drop-in for nn.Sequential(nn.Conv2d(...), nn.RReLU())
+
+Importing compiles, launches and downloads nothing; Triton is imported when a Triton path first runs.
+"""
+
+from . import batching, functional, nn, ops, random
+from .backends import backend
+
+batching.register(ops._lib)
+
+__version__ = "0.1.0"
+__all__ = ["backend", "functional", "nn", "random"]

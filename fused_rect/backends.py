@@ -1,0 +1,122 @@
+"""Which implementation runs: triton, native (C++ on CPU tensors) or eager (ATen operations).
+
+Each is a module with the same two functions, `forward` and `backward`; they give the same numbers, the random slopes
+included, so the choice is about speed alone. `auto`: cuda and xpu tensors go to Triton, CPU tensors to the native
+kernels where a compiler built them, everything else to eager.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+NAMES = ("auto", "triton", "native", "eager")
+_MODULES = {
+    "triton": "fused_rect.kernels.launch",
+    "native": "fused_rect.kernels.cpu",
+    "eager": "fused_rect.eager",
+}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_chosen = _checked(os.environ.get("FUSED_RECT_BACKEND") or "auto", "FUSED_RECT_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation for all fused calls of the process inside the ``with`` block.
+
+    ``name``: "triton", "native", "eager" or "auto". Triton on CPU tensors is allowed and goes to whatever Triton driver
+    or interpreter is active (``TRITON_INTERPRET=1``). Raises ValueError for another name; a call that reaches an
+    implementation that is not there raises RuntimeError and says what to install or set.
+    """
+    global _chosen
+    previous, _chosen = _chosen, _checked(name, "backend name")
+    _module.cache_clear()
+    try:
+        yield
+    finally:
+        _chosen = previous
+        _module.cache_clear()
+
+
+def name(device: torch.device | str) -> str:
+    """The implementation that serves tensors of ``device`` now: "triton", "native" or "eager"."""
+    return _decide(torch.device(device).type)[0]
+
+
+def why(device: torch.device | str) -> str:
+    """One sentence: which implementation serves ``device`` now, and why."""
+    chosen, reason = _decide(torch.device(device).type)
+    return f"{chosen}: {reason}"
+
+
+def resolve(device_type: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` serve tensors of ``device_type`` ("cpu", "cuda", ...)."""
+    return _module(device_type)
+
+
+@functools.cache
+def _module(device_type: str) -> ModuleType:
+    chosen, _ = _decide(device_type)
+    if _chosen != "auto":
+        _require(chosen, device_type)
+    elif chosen == "eager" and device_type == "cpu":
+        _warn_once()
+    return importlib.import_module(_MODULES[chosen])
+
+
+def _decide(device_type: str) -> tuple[str, str]:
+    if _chosen != "auto":
+        return _chosen, "forced by fused_rect.backend() or FUSED_RECT_BACKEND"
+    if device_type in ("cuda", "xpu"):
+        if _has_triton():
+            return "triton", f"{device_type} tensors run Triton kernels"
+        return "eager", "triton is not installed; `pip install triton` gives the fused kernels"
+    if device_type == "cpu":
+        available, reason = _native()
+        return ("native" if available else "eager"), reason
+    return "eager", f"there is no kernel for {device_type} tensors"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _native() -> tuple[bool, str]:
+    cpu = importlib.import_module(_MODULES["native"])
+    return cpu.available(), cpu.reason()
+
+
+def _require(chosen: str, device_type: str) -> None:
+    """RuntimeError where the forced implementation cannot serve ``device_type``."""
+    if chosen == "triton":
+        if not _has_triton():
+            raise RuntimeError("backend 'triton' is forced but triton is not installed; `pip install triton`")
+        if device_type not in ("cuda", "xpu", "cpu"):
+            raise RuntimeError(f"backend 'triton' is forced but Triton cannot read {device_type} tensors")
+    if chosen == "native":
+        if device_type != "cpu":
+            raise RuntimeError(f"backend 'native' is forced but serves CPU tensors only, got {device_type} tensors")
+        available, reason = _native()
+        if not available:
+            raise RuntimeError(f"backend 'native' is forced but not available: {reason}")
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(f"fused_rect runs its slower eager path on CPU tensors: {_native()[1]}", stacklevel=2)

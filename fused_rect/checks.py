@@ -1,0 +1,98 @@
+"""What the ops demand of their tensors, checked before anything is written, and how a tensor is made dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rectifier: str) -> None:
+    """RuntimeError, as torch's own functions raise it, for tensors that do not fit together."""
+    if input.dtype not in FLOATING:
+        raise RuntimeError(
+            f"input must be float16, bfloat16, float32 or float64, got {input.dtype}; convert it with input.float()"
+        )
+    if bias is not None:
+        if input.dim() < 2:
+            raise RuntimeError(
+                f"input must have its channels in dim 1 for a bias, got shape {tuple(input.shape)}; add a batch dimension"
+            )
+        if bias.dim() != 1 or bias.shape[0] != input.shape[1]:
+            raise RuntimeError(
+                f"bias must have shape ({input.shape[1]},), one value for each channel of input (dim 1), "
+                f"got {tuple(bias.shape)}"
+            )
+        _check_companion("bias", bias, input)
+    if rectifier == "prelu":
+        _check_weight(weight, input)
+    elif rectifier in ("rrelu", "rrelu_divisor"):
+        _check_seed(seed, input)
+    elif rectifier not in ("relu", "leaky_relu"):
+        raise ValueError(
+            f"rectifier must be relu, leaky_relu, prelu, rrelu or rrelu_divisor, got {rectifier!r}"
+        )
+
+
+def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.dtype != input.dtype and not (input.dtype in HALF and tensor.dtype == torch.float32):
+        raise RuntimeError(
+            f"{name} must have the dtype of input ({input.dtype}) or float32 beside a 16-bit input, got {tensor.dtype}; "
+            f"convert it with {name}.to(input.dtype)"
+        )
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} and input on {input.device}; "
+            f"move it with {name}.to(input.device)"
+        )
+
+
+def _check_weight(weight: Tensor | None, input: Tensor) -> None:
+    if weight is None:
+        raise RuntimeError("weight is required: prelu's slope tensor of shape (1,) or (C,)")
+    channels = input.shape[1] if input.dim() > 1 else 1
+    if weight.dim() > 1 or weight.numel() not in (1, channels):
+        raise RuntimeError(
+            f"weight must hold 1 or {channels} values, one for each channel of input (dim 1), got shape {tuple(weight.shape)}"
+        )
+    _check_companion("weight", weight, input)
+
+
+def _check_seed(seed: Tensor | None, input: Tensor) -> None:
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
+        got = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise RuntimeError(f"seed must be an int64 tensor of shape (1,), got {got}; draw one with fused_rect.random.new_seed")
+    if seed.device != input.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but seed is on {seed.device} and input on {input.device}; "
+            "draw it with fused_rect.random.new_seed(input.device)"
+        )
+
+
+def check_in_place(input: Tensor) -> None:
+    """RuntimeError where two elements of ``input`` share one place in memory."""
+    if not is_dense(input) and any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride())):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the input tensor before performing the operation."
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Every element has its own place and no place between them is unused, in whatever order the dims lie."""
+    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where it is dense, else a contiguous copy (channels_last where its strides suggest that)."""
+    return tensor if is_dense(tensor) else tensor.contiguous(memory_format=suggest_memory_format(tensor))
+
+
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` with the strides of the dense ``like``: itself, or a copy."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,241 @@
+"""Fused layers: drop-in replacements of `nn.Sequential(convolution, rectifier)`.
+
+As torch's own `torch.ao.nn.intrinsic.ConvReLU2d`, each is a Sequential of the two modules, so its state_dict is that of
+`nn.Sequential(nn.Conv2d(...), nn.PReLU(...))` ("0.weight", "0.bias", "1.weight") and loads either way.
+
+The constructor takes the convolution's arguments as torch's class does, then the rectifier's as keywords:
+
+    ConvReLU2d(in_channels, out_channels, kernel_size, ...)
+    ConvLeakyReLU2d(..., negative_slope=0.01)
+    ConvPReLU2d(..., num_parameters=1, init=0.25)
+    ConvRReLU2d(..., lower=1/8, upper=1/3, law="slope")       law="divisor": bounds 3 and 8, slope = 1 / divisor
+
+for 1d, 2d, 3d, for ConvTranspose*, and Linear* (in_features, out_features, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, rectifiers
+from .functional import Rule
+
+
+class RReLU(nn.RReLU):
+    """`torch.nn.RReLU` on the fused kernels, with the paper's law beside torch's.
+
+    lower, upper: by default (1/8, 1/3) for law="slope" and (3, 8) for law="divisor"; see
+    :func:`fused_rect.functional.bias_rrelu`. Keeps the output for backward, not the noise.
+    """
+
+    def __init__(
+        self, lower: float | None = None, upper: float | None = None, inplace: bool = False, law: str = "slope"
+    ) -> None:
+        rule = rectifiers.rrelu(lower, upper, law)
+        super().__init__(rule.lower, rule.upper, inplace)
+        self.law = law
+
+    def forward(self, input: Tensor) -> Tensor:
+        function = functional.bias_rrelu_ if self.inplace else functional.bias_rrelu
+        return function(input, None, self.lower, self.upper, self.training, law=self.law)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, law={self.law!r}"
+
+
+def epilogue_arguments(activation: nn.Module, input: Tensor) -> tuple[Tensor | None, Tensor | None, Rule]:
+    """(weight, seed, rule) of one call of ``activation``. Raises TypeError for a module that is no rectifier."""
+    if isinstance(activation, nn.ReLU):
+        return None, None, ("relu", 0.0, 0.0)
+    if isinstance(activation, nn.LeakyReLU):
+        return None, None, ("leaky_relu", activation.negative_slope, activation.negative_slope)
+    if isinstance(activation, nn.PReLU):
+        return activation.weight, None, ("prelu", 0.0, 0.0)
+    if isinstance(activation, nn.RReLU):
+        law = getattr(activation, "law", "slope")
+        rule, seed = functional.random_rule(input, activation.lower, activation.upper, activation.training, law, None)
+        return None, seed, rule
+    raise TypeError(f"activation must be ReLU, LeakyReLU, PReLU or RReLU, got {type(activation).__name__}")
+
+
+class Fused(nn.Sequential):
+    """A linear map and a rectifier, run as the map without bias and one epilogue over its output."""
+
+    linear_map: ClassVar[type[nn.Module]]
+    rectifier: ClassVar[type[nn.Module]]
+    rectifier_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in self.rectifier_arguments if name in kwargs}
+        if self.rectifier is nn.PReLU:
+            own |= {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        super().__init__(self.linear_map(*args, **kwargs), self.rectifier(**own))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the linear map's forward, rectified; ``output_size`` is for transposed convolutions alone."""
+        linear_map, activation = self._modules["0"], self._modules["1"]
+        assert linear_map is not None and activation is not None
+        weight, seed, rule = epilogue_arguments(activation, input)
+        bias = linear_map.bias
+        return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule), output_size)  # type: ignore[arg-type]
+
+
+def map_then(linear_map: nn.Module, input: Tensor, then: Any, output_size: list[int] | None = None) -> Tensor:
+    """``then`` of the output of ``linear_map`` without its bias; ``then`` sees the channels in dim 1."""
+    if isinstance(linear_map, nn.Linear):
+        return functional.linear(input, linear_map.weight, then=then)
+    rank = len(linear_map.kernel_size)  # type: ignore[arg-type]
+    unbatched = input.dim() == rank + 1
+    batched = input.unsqueeze(0) if unbatched else input
+    if getattr(linear_map, "transposed", False):
+        z = _transpose_without_bias(linear_map, rank, batched, output_size)
+    else:
+        z = linear_map._conv_forward(batched, linear_map.weight, None)  # type: ignore[operator]
+    return then(z).squeeze(0) if unbatched else then(z)
+
+
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def _transpose_without_bias(m: Any, rank: int, input: Tensor, output_size: list[int] | None) -> Tensor:
+    if m.padding_mode != "zeros":
+        raise ValueError(f"padding_mode must be 'zeros' for {type(m).__name__}, got {m.padding_mode!r}")
+    output_padding = m._output_padding(
+        input, output_size, list(m.stride), list(m.padding), list(m.kernel_size), rank, list(m.dilation)
+    )
+    function = _TRANSPOSED[rank]
+    return function(input, m.weight, None, m.stride, m.padding, output_padding, m.groups, m.dilation)  # type: ignore[operator, no-any-return]
+
+
+class _ReLU(Fused):
+    rectifier = nn.ReLU
+
+
+class _LeakyReLU(Fused):
+    rectifier = nn.LeakyReLU
+    rectifier_arguments = ("negative_slope",)
+
+
+class _PReLU(Fused):
+    rectifier = nn.PReLU
+    rectifier_arguments = ("num_parameters", "init")
+
+
+class _RReLU(Fused):
+    rectifier = RReLU
+    rectifier_arguments = ("lower", "upper", "law")
+
+
+class ConvReLU1d(_ReLU):
+    linear_map = nn.Conv1d
+
+
+class ConvLeakyReLU1d(_LeakyReLU):
+    linear_map = nn.Conv1d
+
+
+class ConvPReLU1d(_PReLU):
+    linear_map = nn.Conv1d
+
+
+class ConvRReLU1d(_RReLU):
+    linear_map = nn.Conv1d
+
+
+class ConvReLU2d(_ReLU):
+    linear_map = nn.Conv2d
+
+
+class ConvLeakyReLU2d(_LeakyReLU):
+    linear_map = nn.Conv2d
+
+
+class ConvPReLU2d(_PReLU):
+    linear_map = nn.Conv2d
+
+
+class ConvRReLU2d(_RReLU):
+    linear_map = nn.Conv2d
+
+
+class ConvReLU3d(_ReLU):
+    linear_map = nn.Conv3d
+
+
+class ConvLeakyReLU3d(_LeakyReLU):
+    linear_map = nn.Conv3d
+
+
+class ConvPReLU3d(_PReLU):
+    linear_map = nn.Conv3d
+
+
+class ConvRReLU3d(_RReLU):
+    linear_map = nn.Conv3d
+
+
+class ConvTransposeReLU1d(_ReLU):
+    linear_map = nn.ConvTranspose1d
+
+
+class ConvTransposeLeakyReLU1d(_LeakyReLU):
+    linear_map = nn.ConvTranspose1d
+
+
+class ConvTransposePReLU1d(_PReLU):
+    linear_map = nn.ConvTranspose1d
+
+
+class ConvTransposeRReLU1d(_RReLU):
+    linear_map = nn.ConvTranspose1d
+
+
+class ConvTransposeReLU2d(_ReLU):
+    linear_map = nn.ConvTranspose2d
+
+
+class ConvTransposeLeakyReLU2d(_LeakyReLU):
+    linear_map = nn.ConvTranspose2d
+
+
+class ConvTransposePReLU2d(_PReLU):
+    linear_map = nn.ConvTranspose2d
+
+
+class ConvTransposeRReLU2d(_RReLU):
+    linear_map = nn.ConvTranspose2d
+
+
+class ConvTransposeReLU3d(_ReLU):
+    linear_map = nn.ConvTranspose3d
+
+
+class ConvTransposeLeakyReLU3d(_LeakyReLU):
+    linear_map = nn.ConvTranspose3d
+
+
+class ConvTransposePReLU3d(_PReLU):
+    linear_map = nn.ConvTranspose3d
+
+
+class ConvTransposeRReLU3d(_RReLU):
+    linear_map = nn.ConvTranspose3d
+
+
+class LinearReLU(_ReLU):
+    linear_map = nn.Linear
+
+
+class LinearLeakyReLU(_LeakyReLU):
+    linear_map = nn.Linear
+
+
+class LinearPReLU(_PReLU):
+    linear_map = nn.Linear
+
+
+class LinearRReLU(_RReLU):
+    linear_map = nn.Linear

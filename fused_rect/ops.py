@@ -1,0 +1,247 @@
+"""The dispatcher ops, the single source of truth: rectify, rectify_ (in place) and rectify_backward.
+
+Layers and functionals call the ops; `torch.compile`, `torch.export` and functorch see one opaque node each. Autograd
+is attached at the dispatcher's Autograd key by a Function whose forward re-enters the op below autograd.
+
+`rectifier` is "relu", "leaky_relu", "prelu", "rrelu" or "rrelu_divisor"; `lower` and `upper` are its bounds (both are the
+slope for "leaky_relu"). `seed` is an int64 tensor (1,) for the random ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+
+from . import backends
+from .checks import check, check_in_place, dense, laid_out_as
+from .derivatives import backward_jvp, double_backward, forward_jvp
+from .rectifiers import saves_output
+
+_RULE = "str rectifier, float lower, float upper"
+_PARAMETERS = f"Tensor? bias, Tensor? weight, Tensor? seed, {_RULE}"
+_lib = torch.library.Library("fused_rect", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_lib.define(f"rectify(Tensor input, {_PARAMETERS}) -> Tensor", tags=_tags)
+_lib.define(f"rectify_(Tensor(a!) input, {_PARAMETERS}) -> ()", tags=_tags)
+_lib.define(
+    f"rectify_backward(Tensor grad, Tensor saved, {_PARAMETERS}, bool need_bias, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+
+rectify = torch.ops.fused_rect.rectify.default
+rectify_ = torch.ops.fused_rect.rectify_.default
+rectify_backward = torch.ops.fused_rect.rectify_backward.default
+
+
+# ---- below autograd: what runs, and what the compiler believes runs ----
+
+
+def _rectify(input, bias, weight, seed, rectifier, lower, upper):
+    check(input, bias, weight, seed, rectifier)
+    source = dense(input)
+    out = torch.empty_like(source) if source is input else source
+    if out.numel():
+        backends.resolve(input.device.type).forward(source, bias, weight, seed, rectifier, lower, upper, out)
+    return out
+
+
+def _rectify_fake(input, bias, weight, seed, rectifier, lower, upper):
+    check(input, bias, weight, seed, rectifier)
+    return torch.empty_like(dense(input))
+
+
+def _rectify_in_place(input, bias, weight, seed, rectifier, lower, upper):
+    check(input, bias, weight, seed, rectifier)
+    check_in_place(input)
+    if input.numel():
+        out = dense(input)
+        backends.resolve(input.device.type).forward(out, bias, weight, seed, rectifier, lower, upper, out)
+        if out is not input:
+            input.copy_(out)
+    torch.autograd.graph.increment_version(input)
+
+
+def _rectify_in_place_fake(input, bias, weight, seed, rectifier, lower, upper):
+    check(input, bias, weight, seed, rectifier)
+
+
+def _rectify_backward(grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
+    check(saved, bias, weight, seed, rectifier)
+    saved = dense(saved)
+    grad = laid_out_as(grad, saved)
+    grad_input = torch.empty_like(saved)
+    if not grad_input.numel():
+        return _gradients_fake(grad_input, bias, weight, need_bias, need_weight, torch.zeros)
+    grad_bias, grad_weight = backends.resolve(saved.device.type).backward(
+        grad, saved, bias, weight, seed, rectifier, lower, upper, grad_input, need_bias, need_weight
+    )
+    return (
+        grad_input,
+        grad.new_empty(0) if grad_bias is None else grad_bias,
+        grad.new_empty(0) if grad_weight is None else grad_weight,
+    )
+
+
+def _rectify_backward_fake(grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
+    return _gradients_fake(torch.empty_like(dense(saved)), bias, weight, need_bias, need_weight, torch.empty)
+
+
+def _gradients_fake(grad_input, bias, weight, need_bias, need_weight, new):
+    """Gradients of the right shapes; an absent one is an empty tensor, since an op cannot return None."""
+    channels = bias.shape if bias is not None else (grad_input.shape[1] if grad_input.dim() > 1 else 1,)
+    bias_dtype = grad_input.dtype if bias is None else bias.dtype
+    device = grad_input.device
+    return (
+        grad_input,
+        new(channels, dtype=bias_dtype, device=device) if need_bias else grad_input.new_empty(0),
+        new(weight.shape, dtype=weight.dtype, device=device) if need_weight else grad_input.new_empty(0),
+    )
+
+
+# ---- autograd ----
+
+
+def _no_derivative_wanted(*tensors: Tensor | None) -> bool:
+    """Neither reverse mode, nor forward mode, nor a functorch transform will ask for derivatives of this call."""
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    # Outer functorch levels must see a differentiable call: without these, grad(grad(f)) is silently wrong.
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    transforms = torch._C._are_functorch_transforms_active()
+    with enable_single_level_autograd_function() if transforms else contextlib.nullcontext():
+        return function.apply(*args)
+
+
+class _Rectify(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, input, bias, weight, seed, rectifier, lower, upper):
+        out = _below_autograd(rectify, input, bias, weight, seed, rectifier, lower, upper)
+        _save(ctx, out if saves_output(rectifier, lower) else input, bias, weight, seed, rectifier, lower, upper)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx, input_t, bias_t, weight_t, *_):
+        return forward_jvp(ctx.saved_tensors, ctx.rule, input_t, bias_t, weight_t)
+
+
+class _RectifyInPlace(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, input, bias, weight, seed, rectifier, lower, upper):
+        # Where the sign of the output does not tell the side, the conv output has to outlive its overwriting.
+        saved = input if saves_output(rectifier, lower) else input.clone()
+        _below_autograd(rectify_, input, bias, weight, seed, rectifier, lower, upper)
+        ctx.mark_dirty(input)
+        _save(ctx, saved, bias, weight, seed, rectifier, lower, upper)
+        return input
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx, input_t, bias_t, weight_t, *_):
+        tangent = forward_jvp(ctx.saved_tensors, ctx.rule, input_t, bias_t, weight_t)
+        return tangent if input_t is None else input_t.copy_(tangent)
+
+
+def _save(ctx: Any, saved: Tensor, bias, weight, seed, *rule: Any) -> None:
+    tensors = (saved, bias, weight, seed)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.rule = rule
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
+    grad_input, grad_bias, grad_weight = rectify_backward(grad, *ctx.saved_tensors, *ctx.rule, need_bias, need_weight)
+    return (
+        grad_input if need_input else None,
+        grad_bias if need_bias else None,
+        grad_weight if need_weight else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+class _RectifyBackward(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
+        args = (grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight)
+        out = _below_autograd(rectify_backward, *args)
+        tensors = (grad, saved, bias, weight, seed)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.rule, ctx.need = (rectifier, lower, upper), (need_bias, need_weight)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        gradients = double_backward(ctx.saved_tensors, ctx.rule, ctx.need, cotangents, ctx.needs_input_grad)
+        return (*gradients, None, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return backward_jvp(ctx.saved_tensors, ctx.rule, ctx.need, tangents[:4])
+
+
+def _rectify_autograd(input, bias, weight, seed, rectifier, lower, upper):
+    if _no_derivative_wanted(input, bias, weight):
+        with torch._C._AutoDispatchBelowAutograd():
+            return rectify(input, bias, weight, seed, rectifier, lower, upper)
+    return _apply(_Rectify, input, bias, weight, seed, rectifier, lower, upper)
+
+
+def _rectify_in_place_autograd(input, bias, weight, seed, rectifier, lower, upper):
+    if _no_derivative_wanted(input, bias, weight):
+        with torch._C._AutoDispatchBelowAutograd():
+            return rectify_(input, bias, weight, seed, rectifier, lower, upper)
+    if torch.is_grad_enabled() and input.is_leaf and input.requires_grad:
+        raise RuntimeError(
+            "input: a leaf Variable that requires grad is being used in an in-place operation; "
+            "call the function without the trailing underscore, or pass input.clone()"
+        )
+    check(input, bias, weight, seed, rectifier)
+    check_in_place(input)
+    _apply(_RectifyInPlace, input, bias, weight, seed, rectifier, lower, upper)
+
+
+def _rectify_backward_autograd(grad, saved, bias, weight, *rest):
+    if _no_derivative_wanted(grad, saved, bias, weight):
+        with torch._C._AutoDispatchBelowAutograd():
+            return rectify_backward(grad, saved, bias, weight, *rest)
+    return _apply(_RectifyBackward, grad, saved, bias, weight, *rest)
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("rectify", _rectify, _rectify_fake, _rectify_autograd),
+    ("rectify_", _rectify_in_place, _rectify_in_place_fake, _rectify_in_place_autograd),
+    ("rectify_backward", _rectify_backward, _rectify_backward_fake, _rectify_backward_autograd),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _lib.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"fused_rect::{_name}", _fake, lib=_lib)
