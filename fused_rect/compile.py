@@ -1,0 +1,126 @@
+"""`torch.compile(model, backend="fused_rect")`: convolution + rectifier become the fused op, Inductor gets the rest.
+
+`options={"fused_rect.sites": "all"}` fuses every site that can be fused; the default, "auto", leaves those to Inductor
+that it runs as fast alone. All other options, and `mode`, reach Inductor unchanged.
+`inductor_pass` does the same inside plain `backend="inductor"`; `explain` says what happens to each site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import backends
+from .rewrite import Policy, Site, rewrite
+
+_VERSION = "fused_rect-rewrite-1"
+_SITES = "fused_rect.sites"
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend. ``mode`` and ``options`` are `torch.compile`'s."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    options = dict(options or {})
+    rewrite_graph_module(gm, _policy(options.pop(_SITES, "auto")))
+    patches = {**(list_mode_options(mode) if mode else {}), **options}
+    return compile_fx(gm, example_inputs, config_patches=patches or None)
+
+
+def _policy(sites: str) -> Policy | None:
+    if sites not in ("auto", "all"):
+        raise ValueError(f"option {_SITES!r} must be 'auto' or 'all', got {sites!r}")
+    return leave_to_inductor if sites == "auto" else None
+
+
+def rewrite_graph_module(gm: fx.GraphModule, policy: Policy | None) -> list[Site]:
+    """Rewrite ``gm`` and the graph modules inside it (checkpointed regions, branches)."""
+    sites = []
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            sites += rewrite(module.graph, module, policy)
+            module.recompile()
+    return sites
+
+
+def leave_to_inductor(rectifier: str, convolution: fx.Node) -> str | None:
+    """Why a site is better left to Inductor, or None."""
+    value = convolution.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return None
+    if not value.dtype.is_floating_point:
+        return f"{value.dtype} has no fused kernel"
+    if value.device.type == "cpu" and rectifier != "rrelu" and backends.name("cpu") == "eager":
+        return "on the CPU without the native path, Inductor's own code is faster"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    """`inductor_pass` is made at first use: its base class lives in Inductor, which takes seconds to import."""
+    if name != "inductor_pass":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class FuseRectifiers(CustomGraphPass):
+        """For `torch._inductor.config.pre_grad_custom_pass`."""
+
+        def __call__(self, graph: fx.Graph) -> None:
+            rewrite(graph, graph.owning_module, leave_to_inductor)
+
+        def uuid(self) -> str:
+            # Part of Inductor's cache key: a cached graph compiled without the pass must not be served.
+            return f"{_VERSION}-{backends.name('cpu')}"
+
+    made = FuseRectifiers()
+    globals()["inductor_pass"] = made
+    return made
+
+
+class Report(list[Site]):
+    """The sites of a model; prints one line each."""
+
+    @property
+    def fused(self) -> list[Site]:
+        return [site for site in self if site.fused]
+
+    def __str__(self) -> str:
+        head = f"{len(self.fused)} of {len(self)} sites fused"
+        return "\n".join([head, *(f"  {site}" for site in self)])
+
+
+def explain(model: Callable[..., Any], *inputs: Any, options: dict[str, Any] | None = None, **keywords: Any) -> Report:
+    """Which sites `torch.compile(model, backend="fused_rect")` fuses for these inputs, and why the others are left.
+
+    Traces the model as torch.compile would and runs it once, uncompiled. options: those of torch.compile.
+    """
+    policy = _policy((options or {}).get(_SITES, "auto"))
+    report = Report()
+
+    def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        report.extend(rewrite_graph_module(gm, policy))
+        return gm.forward
+
+    with _fresh_dynamo():
+        torch.compile(model, backend=record)(*inputs, **keywords)
+    return report
+
+
+@contextlib.contextmanager
+def _fresh_dynamo() -> Iterator[None]:
+    """A model compiled before must be traced again, and what is traced here must not be kept."""
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()

@@ -1,0 +1,179 @@
+"""The one graph rewrite: convolution (or linear map) + rectifier become one call, in any `torch.fx` graph.
+
+Dynamo's graphs hold functions (`torch.conv2d`, `F.leaky_relu`, `Tensor.relu_`, ...), symbolically traced ones hold
+modules too. Both are served, so the compile backend, the Inductor pass and `fuse()` on graph modules agree.
+The fused call takes the convolution's place in the graph: whatever mutates the convolution's input later still does so later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from . import functional, pairs
+
+_LINEAR: dict[Any, str] = {
+    torch._C._nn.linear: "linear",
+    F.linear: "linear",
+    **{getattr(torch, name): name for name in ("conv1d", "conv2d", "conv3d")},
+    **{getattr(F, name): name for name in ("conv1d", "conv2d", "conv3d")},
+    **{getattr(torch, f"conv_transpose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
+    **{getattr(F, f"conv_transpose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
+}
+
+_RECTIFIERS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, torch._C._nn.leaky_relu, torch._C._nn.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((F.prelu, torch.prelu, "prelu"), "prelu"),
+    **dict.fromkeys((F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), "rrelu"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rectifier behind a linear map: fused, or left with the reason."""
+
+    where: str
+    linear_map: str
+    rectifier: str
+    fused: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        verdict = "fused" if self.fused else f"left: {self.reason}"
+        return f"{self.where}: {self.linear_map} + {self.rectifier}: {verdict}"
+
+
+Policy = Callable[[str, fx.Node], "str | None"]
+
+
+def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Policy | None = None) -> list[Site]:
+    """Fuse every site of ``graph`` in place and say what was done with each.
+
+    owner: holds the modules that `call_module` nodes name. policy(rectifier, convolution node): a reason to leave a site
+    to the compiler behind us, or None.
+    """
+    sites = []
+    for node in list(graph.nodes):
+        rectifier = _rectifier_of(node, owner)
+        if rectifier is None or not node.args:
+            continue
+        producer = node.args[0]
+        linear_map = _linear_of(producer, owner) if isinstance(producer, fx.Node) else None
+        if linear_map is not None:
+            sites.append(_visit(graph, node, producer, linear_map, rectifier, owner, policy))
+        if node.graph is graph and rectifier == "rrelu" and not node._erased and node.op == "call_function":
+            _replace_bare_rrelu(graph, node)
+    return sites
+
+
+def _visit(graph, node, producer, linear_map, rectifier, owner, policy) -> Site:
+    where = str(producer.target) if producer.op == "call_module" else producer.name
+    reason = _obstacle(node, producer, rectifier, owner) or (policy(rectifier, producer) if policy else None)
+    if reason is None:
+        if producer.op == "call_module":
+            _fuse_modules(graph, producer, node)
+        else:
+            _fuse_functions(graph, producer, node, linear_map, rectifier)
+    return Site(where, linear_map, rectifier, reason is None, reason or "")
+
+
+def _rectifier_of(node: fx.Node, owner: torch.nn.Module | None) -> str | None:
+    if node.op == "call_module" and owner is not None:
+        return pairs.rectifier_name(owner.get_submodule(str(node.target)))
+    if node.op in ("call_function", "call_method"):
+        return _RECTIFIERS.get(node.target)
+    return None
+
+
+def _linear_of(node: fx.Node, owner: torch.nn.Module | None) -> str | None:
+    if node.op == "call_module" and owner is not None:
+        return pairs.linear_map_name(owner.get_submodule(str(node.target)))
+    return _LINEAR.get(node.target) if node.op == "call_function" else None
+
+
+def _obstacle(node: fx.Node, producer: fx.Node, rectifier: str, owner: torch.nn.Module | None) -> str | None:
+    if len(producer.users) > 1:
+        return f"the convolution's output has {len(producer.users)} users"
+    if (producer.op == "call_module") != (node.op == "call_module"):
+        return "one of the pair is a module, the other a function"
+    if producer.op == "call_module":
+        assert owner is not None
+        modules = owner.get_submodule(str(node.target)), owner.get_submodule(str(producer.target))
+        return pairs.obstacle(*modules) or (
+            None if len(producer.args) == 1 and not producer.kwargs else "the convolution is called with more than its input"
+        )
+    return _argument_obstacle(node, producer, rectifier)
+
+
+def _argument_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:
+    """The rectifier's arguments are read where the convolution stands: they must be there, and the same then as later."""
+    arguments = [a for a in _rectifier_arguments(node, rectifier).values() if isinstance(a, fx.Node)]
+    for argument in arguments:
+        if argument.target == "item" and argument.args[0].op == "placeholder":  # type: ignore[union-attr]
+            producer.prepend(argument)  # how Dynamo passes a dynamic float
+    between = producer.next
+    while between is not node:
+        for argument in arguments:
+            if between is argument:
+                return "the rectifier's argument is computed after the convolution"
+            if between in argument.users:
+                return "the rectifier's argument is used between the convolution and the rectifier"
+        between = between.next
+    return None
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _rectifier_arguments(node: fx.Node, rectifier: str) -> dict[str, Any]:
+    """The rectifier's own arguments under the names of `fused_rect.functional`."""
+    if rectifier == "leaky_relu":
+        return {"negative_slope": _argument(node, 1, "negative_slope", 0.01)}
+    if rectifier == "prelu":
+        return {"slope": _argument(node, 1, "weight")}
+    if rectifier == "rrelu":
+        lower, upper = _argument(node, 1, "lower", 1 / 8), _argument(node, 2, "upper", 1 / 3)
+        return {"lower": lower, "upper": upper, "training": _argument(node, 3, "training", False)}
+    return {}
+
+
+def _fuse_functions(graph: fx.Graph, producer: fx.Node, node: fx.Node, linear_map: str, rectifier: str) -> None:
+    function = getattr(functional, f"{linear_map}_{rectifier}")
+    kwargs = {**producer.kwargs, **_rectifier_arguments(node, rectifier)}
+    with graph.inserting_before(producer):
+        fused = graph.call_function(function, producer.args, kwargs)
+    _put(graph, fused, node, producer)
+
+
+def _fuse_modules(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> None:
+    with graph.inserting_before(producer):
+        activation, linear_map = graph.get_attr(str(node.target)), graph.get_attr(str(producer.target))
+        fused = graph.call_function(pairs.call_pair, (activation, linear_map, *producer.args))
+    _put(graph, fused, node, producer)
+
+
+def _put(graph: fx.Graph, fused: fx.Node, node: fx.Node, producer: fx.Node) -> None:
+    fused.meta = {key: value for key, value in node.meta.items()}
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)
+    graph.erase_node(producer)
+
+
+def _replace_bare_rrelu(graph: fx.Graph, node: fx.Node) -> None:
+    """RReLU on its own: torch's op in training has no lowering under Inductor, ours is an op like any other."""
+    in_place = node.target in (F.rrelu_, torch.rrelu_) or bool(_argument(node, 4, "inplace", False))
+    function = functional.bias_rrelu_ if in_place else functional.bias_rrelu
+    with graph.inserting_before(node):
+        new = graph.call_function(function, (node.args[0], None), _rectifier_arguments(node, "rrelu"))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+

@@ -1,0 +1,257 @@
+"""A forward with every `act(conv(x))` as one call, made from its source text.
+
+Both spellings are met: nested, `self.act(self.conv(x))` or `F.leaky_relu(conv(x), 0.2)`, and two neighbouring statements,
+`x = self.conv(x)` then `x = self.act(x)` (or `return self.act(x)`). The call is a helper that looks at the two objects each
+time and, where they are no fusable pair, calls one after the other; names are evaluated in the order of the original. So the
+new forward means what the old one meant, whatever the names hold; nothing is frozen as tracing would freeze it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn import functional as F
+
+from . import pairs
+from .rewrite import Site
+
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.prelu: "prelu",
+    F.rrelu: "rrelu",
+    F.rrelu_: "rrelu",
+}
+_HELPER = "__fused_rect_call"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One `outer(inner(...))` in the source: the text of the two callables."""
+
+    outer: str
+    inner: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    function: Callable[..., Any]
+    places: tuple[Place, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def rewritten(forward: Any) -> Rewritten | None:
+    """``forward`` with its pairs as single calls; None where its source is not to be had."""
+    if not isinstance(forward, types.FunctionType):
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    # A decorated function's source includes the decorator, which getsource shows but __code__ does not run.
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or hasattr(forward, "__wrapped__"):
+        return None
+    places: list[Place] = []
+    definition = _Nest().visit(definition)
+    definition = _Pair(forward, places).visit(definition)
+    return Rewritten(_compiled(forward, definition) if places else forward, tuple(places))
+
+
+def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> types.FunctionType:
+    """``definition`` as a function with the globals, defaults and closure of ``forward``."""
+    free = forward.__code__.co_freevars
+    for argument in ast.walk(definition.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    definition.returns = None
+    definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
+    definition.args.kw_defaults = [d and ast.Constant(None) for d in definition.args.kw_defaults]
+    cells = [ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None)) for name in (*free, _HELPER)]
+    factory = ast.FunctionDef(
+        "__factory", ast.arguments([], [], None, [], [], None, []), [*cells, definition], [], lineno=1, col_offset=0
+    )
+    ast.increment_lineno(definition, forward.__code__.co_firstlineno - definition.lineno)
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    outer = next(c for c in compile(module, forward.__code__.co_filename, "exec").co_consts if isinstance(c, types.CodeType))
+    code = next(c for c in outer.co_consts if isinstance(c, types.CodeType) and c.co_name == forward.__name__)
+    assert forward.__closure__ is not None or not free
+    known = dict(zip(free, forward.__closure__ or ()))
+    known[_HELPER] = types.CellType(call)
+    function = types.FunctionType(
+        code, forward.__globals__, forward.__name__, forward.__defaults__, tuple(known[n] for n in code.co_freevars)
+    )
+    function.__kwdefaults__ = forward.__kwdefaults__
+    return functools.update_wrapper(function, forward)
+
+
+def call(outer: Any, inner: Any, rest: tuple, options: dict, *args: Any, **kwargs: Any) -> Any:
+    """outer(inner(*args, **kwargs), *rest, **options)"""
+    if isinstance(outer, nn.Module):
+        if rest or options:
+            return outer(inner(*args, **kwargs), *rest, **options)
+        return pairs.call_pair(outer, inner, *args, **kwargs)
+    return pairs.call_function_pair(outer, rest, options, inner, *args, **kwargs)
+
+
+class _Nest(ast.NodeTransformer):
+    """`x = inner(...)` directly before `x = outer(x, ...)` or `return outer(x, ...)` becomes one nested statement."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, self._nested(statements))
+        return node
+
+    def _nested(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        result: list[ast.stmt] = []
+        for statement in statements:
+            if result and _feeds(result[-1], statement):
+                statement.value.args[0] = result.pop().value  # type: ignore[attr-defined]
+            result.append(statement)
+        return result
+
+
+def _feeds(first: ast.stmt, second: ast.stmt) -> bool:
+    name = _assigned(first)
+    if name is None or not isinstance(first.value, ast.Call):  # type: ignore[attr-defined]
+        return False
+    if not (isinstance(second, ast.Return) or _assigned(second) == name) or not isinstance(second.value, ast.Call):  # type: ignore[attr-defined]
+        return False
+    outer = second.value  # type: ignore[attr-defined]
+    if not (outer.args and isinstance(outer.args[0], ast.Name) and outer.args[0].id == name):
+        return False
+    others = [outer.func, *outer.args[1:], *(k.value for k in outer.keywords)]
+    # What is evaluated before the inner call in the new order must not read the name, nor be more than a look-up.
+    return not any(isinstance(n, (ast.Call, ast.NamedExpr)) or _is_name(n, name) for o in others for n in ast.walk(o))
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _assigned(statement: ast.stmt) -> str | None:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
+        return statement.targets[0].id
+    return None
+
+
+class _Pair(ast.NodeTransformer):
+    """`outer(inner(a, k=b), r, s=t)` becomes `helper(outer, inner, (r,), {"s": t}, a, k=b)`."""
+
+    def __init__(self, forward: types.FunctionType, places: list[Place]) -> None:
+        self.forward, self.places = forward, places
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not (node.args and isinstance(node.args[0], ast.Call)):
+            return node
+        inner = node.args[0]
+        if not (self._may_rectify(node) and _may_be_module(inner.func)):
+            return node
+        simple = [*node.args[1:], *(k.value for k in node.keywords)]
+        if any(isinstance(n, (ast.Call, ast.NamedExpr, ast.Starred)) for s in simple for n in ast.walk(s)):
+            return node
+        if any(k.arg is None for k in node.keywords):
+            return node
+        self.places.append(Place(ast.unparse(node.func), ast.unparse(inner.func)))
+        options = ast.Dict([ast.Constant(k.arg) for k in node.keywords], [k.value for k in node.keywords])
+        rest = ast.Tuple(list(node.args[1:]), ast.Load())
+        arguments = [node.func, inner.func, rest, options, *inner.args]
+        new = ast.Call(ast.Name(_HELPER, ast.Load()), arguments, inner.keywords)
+        return ast.copy_location(new, node)
+
+    def _may_rectify(self, node: ast.Call) -> bool:
+        if _root(node.func) == "self" and isinstance(node.func, (ast.Attribute, ast.Subscript)):
+            return True
+        if resolve(self.forward, node.func) in _FUNCTIONS:
+            return True
+        return isinstance(node.func, ast.Name) and node.func.id in self.forward.__code__.co_varnames
+
+
+def _may_be_module(node: ast.expr) -> bool:
+    root = _root(node)
+    return root is not None and root not in ("super", "torch", "F", "nn")
+
+
+def _root(node: ast.expr) -> str | None:
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+_UNKNOWN = object()
+
+
+def resolve(forward: types.FunctionType, node: ast.expr) -> Any:
+    """The global object that a dotted name means in ``forward``, or a unique object that equals nothing."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id in forward.__code__.co_varnames:
+        return _UNKNOWN
+    value = forward.__globals__.get(node.id, _UNKNOWN)
+    for name in reversed(names):
+        value = getattr(value, name, _UNKNOWN)
+    try:
+        hash(value)
+    except TypeError:
+        return _UNKNOWN
+    return value
+
+
+# ---- what a place means for one module ----
+
+
+def sites(module: nn.Module, name: str, place: Place) -> Iterator[Site]:
+    """The site that ``place`` is in ``module``; nothing where it clearly is none."""
+    outer, inner = _look_up(module, place.outer), _look_up(module, place.inner)
+    rectifier = pairs.rectifier_name(outer) if isinstance(outer, nn.Module) else _FUNCTIONS.get(outer)
+    linear_map = pairs.linear_map_name(inner)
+    if (outer is not _UNKNOWN and rectifier is None) or (inner is not _UNKNOWN and linear_map is None):
+        return
+    where = f"{name}.{place.inner.removeprefix('self.')}".lstrip(".")
+    if outer is _UNKNOWN or inner is _UNKNOWN:
+        kinds = linear_map or place.inner, rectifier or place.outer
+        yield Site(where, *kinds, True, "decided at each call: its modules are local names")
+        return
+    if rectifier in ("prelu", "rrelu") and not isinstance(outer, nn.Module):
+        reason: str | None = f"F.{rectifier} is called as a function; torch.compile's backend fuses it, or use the module"
+    else:
+        reason = pairs.obstacle(outer if isinstance(outer, nn.Module) else nn.ReLU(), inner)
+    yield Site(where, linear_map or "", rectifier or "", reason is None, reason or "")
+
+
+def _look_up(module: nn.Module, text: str) -> Any:
+    node = ast.parse(text, mode="eval").body
+    if _root(node) != "self":
+        forward = getattr(type(module), "_fused_rect_original", type(module)).forward
+        return resolve(forward, node)
+    value: Any = module
+    try:
+        return _follow(value, node)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return _UNKNOWN
+
+
+def _follow(value: Any, node: ast.expr) -> Any:
+    if isinstance(node, ast.Attribute):
+        return getattr(_follow(value, node.value), node.attr)
+    if isinstance(node, ast.Subscript):
+        if not isinstance(node.slice, ast.Constant):
+            raise KeyError(ast.unparse(node))
+        return _follow(value, node.value)[node.slice.value]
+    return value
