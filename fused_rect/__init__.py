@@ -8,8 +8,9 @@ Importing compiles, launches and downloads nothing; Triton is imported when a Tr
 
 from . import batching, functional, nn, ops, random
 from .backends import backend
+from .fusion import fuse, unfuse
 
 batching.register(ops._lib)
 
 __version__ = "0.1.0"
-__all__ = ["backend", "functional", "nn", "random"]
+__all__ = ["backend", "functional", "fuse", "nn", "random", "unfuse"]

@@ -37,8 +37,8 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, torch.fx.GraphModule):
             _fuse_graph(module)
-        elif not _is_fused(module) and _sites(module, "", fold_batchnorm):
-            replacement = _fused_class(type(module), fold_batchnorm)
+        elif any(site.fused for site in _sites(module, "", fold_batchnorm)):
+            replacement = _fused_class(_original(module), fold_batchnorm)
             if replacement is not None:
                 module.__class__ = replacement
     return model

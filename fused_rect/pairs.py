@@ -34,7 +34,7 @@ _RECTIFIERS: dict[Any, str] = {
     RReLU.forward: "rrelu",
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONV_FORWARDS = tuple(c._conv_forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+_CONV_FORWARDS = tuple(c._conv_forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d))
 # Hooks that compute the weight and look at nothing else; they are run before the fused call.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm)
 

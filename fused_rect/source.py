@@ -183,7 +183,7 @@ class _Pair(ast.NodeTransformer):
 
 def _may_be_module(node: ast.expr) -> bool:
     root = _root(node)
-    return root is not None and root not in ("super", "torch", "F", "nn")
+    return root is not None and root not in ("super", "torch", "F", "nn", _HELPER)
 
 
 def _root(node: ast.expr) -> str | None:

@@ -1,0 +1,340 @@
+"""fuse and unfuse: the model computes the same in one pass, and everything else about it stays as it was."""
+
+import copy
+import io
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_rect as fr
+from fused_rect import fusion
+
+
+class Ops(TorchDispatchMode):
+    """Counts the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.overloadpacket._qualified_op_name.split("::")[-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def fused_calls(model, *inputs):
+    with Ops() as ops, torch.no_grad():
+        model(*inputs)
+    return ops.count["rectify_"] + ops.count["rectify"]
+
+
+class Attributes(nn.Module):
+    """One shared rectifier, nested calls, statements, functional spellings, a loop and a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.rest = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.lrelu = nn.LeakyReLU(0.2, inplace=True)
+        self.prelu = nn.PReLU(4)
+
+    def forward(self, x, scale: float = 2.0, *, twice=True):
+        x = self.lrelu(self.first(x))
+        x = self.second(x)
+        x = self.prelu(x)
+        for conv in self.rest:
+            x = F.leaky_relu(conv(x), 0.3, inplace=True)
+        if self.training and twice:
+            x = x * scale
+        x = self.rest[0](x)
+        return self.lrelu(x)
+
+
+def sequential(rectifier=None):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), rectifier or nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.PReLU())
+
+
+def value_and_gradients(model, x):
+    model.zero_grad()
+    y = model(x)
+    (gx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    y.square().sum().backward()
+    return y, gx, [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(model, x, expected, tolerance=1e-12):
+    y, gx, grads = value_and_gradients(model, x)
+    for a, b in zip((y, gx, *grads), (expected[0], expected[1], *expected[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def image(*shape):
+    return torch.randn(shape or (2, 3, 6, 6), dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(("make", "sites"), [(sequential, 2), (Attributes, 5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_same_values_and_gradients_with_every_site_fused(make, sites, training):
+    model, x = make().double().train(training), image()
+    expected = value_and_gradients(model, x)
+    assert fr.fuse(model) is model
+    assert fused_calls(model, x) == sites
+    assert_same(model, x, expected)
+    assert fused_calls(fr.unfuse(model), x) == 0
+    assert_same(model, x, expected)
+
+
+def test_branches_and_attributes_are_read_at_each_call():
+    model, plain, x = Attributes().double(), Attributes().double(), image()
+    plain.load_state_dict(fr.fuse(model).state_dict())
+    for training, scale, twice in ((True, 3.0, True), (True, 5.0, False), (False, 2.0, True)):
+        plain.train(training), model.train(training)
+        torch.testing.assert_close(model(x, scale, twice=twice), plain(x, scale, twice=twice))
+    plain.lrelu.negative_slope = model.lrelu.negative_slope = 0.7
+    model.rest.append(copy.deepcopy(model.rest[0]))
+    plain.rest.append(copy.deepcopy(model.rest[0]))
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_unfuse_restores_classes_exactly():
+    model = nn.Sequential(sequential(), Attributes())
+    classes = [type(m) for m in model.modules()]
+    text = repr(model)
+    fr.fuse(model)
+    assert [type(m) for m in model.modules()] != classes and repr(model) == text
+    fr.fuse(model)
+    fr.unfuse(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_parameters_keys_optimizer_and_modes_are_kept():
+    model, x = nn.Sequential(sequential(), nn.Conv2d(4, 3, 1), Attributes()).double(), image()
+    state, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.01)
+    fr.fuse(model)
+    assert list(model.state_dict()) == state and [id(p) for p in model.parameters()] == parameters
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        m(x).square().mean().backward()
+        o.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    model.load_state_dict(twin.state_dict())
+    assert not model.eval()[2].training and model.train()[2].training
+    assert model.to(torch.float32)[0][0].weight.dtype is torch.float32
+    assert fused_calls(model, x.float()) == 7
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
+def test_copies_stay_fused_and_independent(copier):
+    model, x = fr.fuse(nn.Sequential(sequential(), nn.Conv2d(4, 3, 1), Attributes())), torch.randn(1, 3, 5, 5)
+    if copier == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif copier == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert fused_calls(twin, x) == fused_calls(model, x) == 7
+    torch.testing.assert_close(twin(x), model(x))
+    with torch.no_grad():
+        twin[0][0].weight.zero_()
+    assert model[0][0].weight.abs().sum() > 0
+    assert type(fr.unfuse(twin)[2]) is Attributes
+
+
+@pytest.mark.parametrize("law", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_normalized_weights(law):
+    apply = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+        "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
+    }[law]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(apply(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2)).double(), image()
+    with torch.no_grad():
+        for _ in range(30):  # power iterations: spectral_norm moves its vectors at each training call
+            model(x)
+    model.eval()
+    expected = value_and_gradients(model, x)
+    fr.fuse(model)
+    assert fused_calls(model, x) == 1
+    assert_same(model, x, expected)
+    with torch.no_grad():
+        next(model.parameters()).mul_(0.5)
+    fused = model(x)
+    torch.testing.assert_close(fused, fr.unfuse(model)(x))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_on_either_module_still_fire(which, kind):
+    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).double()), image()
+    assert fused_calls(model, x) == 1
+    seen = []
+    hook = getattr(model[which], f"register_{kind}_hook")(lambda *args: seen.append(len(args)) or None)
+    assert fused_calls(model, x) == 0
+    (site,) = fusion.report(model)
+    assert not site.fused and "hooks" in site.reason
+    seen.clear()
+    model(x).sum().backward()
+    assert len(seen) == 1
+    hook.remove()
+    assert fused_calls(model, x) == 1 and fusion.report(model)[0].fused
+
+
+def test_a_hook_on_the_container_fires_and_sees_the_fused_output():
+    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())), torch.randn(1, 3, 2, 2)
+    seen = []
+    model.register_forward_hook(lambda m, args, out: seen.append(out))
+    torch.testing.assert_close(model(x), seen[0])
+
+
+def test_global_hooks_see_every_module():
+    model, x = fr.fuse(sequential()), torch.randn(1, 3, 4, 4)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert nn.Conv2d in seen and nn.PReLU in seen
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batchnorm_is_folded_on_request_in_evaluation_mode(affine, bias):
+    norm = nn.BatchNorm2d(4, affine=affine)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), norm, nn.LeakyReLU(0.1)).double(), image()
+    for _ in range(3):
+        model(x)
+    model.eval()
+    expected = value_and_gradients(model, x)
+    (left,) = fusion.report(model)
+    assert not left.fused and "fold_batchnorm" in left.reason
+    assert fused_calls(fr.fuse(model), x) == 0
+    assert fused_calls(fr.fuse(model, fold_batchnorm=True), x) == 1
+    assert fusion.report(model)[0].fused
+    assert_same(model, x, expected)
+    assert fused_calls(copy.deepcopy(model), x) == 1
+    before = norm.running_mean.clone()
+    model.train()
+    assert fused_calls(model, x) == 0 and not torch.equal(norm.running_mean, before)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Quiet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        z = self.conv(x)
+        return F.relu(z) + z
+
+
+def test_what_cannot_be_fused_is_left_as_it_was():
+    own = nn.Sequential(OwnConv(3, 3, 1), nn.ReLU())
+    quiet = Quiet()
+    replaced = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    replaced[0].forward = lambda x: x
+    x = torch.randn(1, 3, 2, 2)
+    for model in (own, quiet, replaced):
+        expected = model(x)
+        fr.fuse(model)
+        assert fused_calls(model, x) == 0
+        torch.testing.assert_close(model(x), expected)
+    assert "replaced on the instance" in fusion.report(replaced)[0].reason
+    assert type(quiet) is Quiet
+
+
+def test_report_names_every_site_and_reason():
+    model = Attributes()
+    sites = {site.where: site for site in fusion.report(model)}
+    assert sites["first"].fused and (sites["first"].linear_map, sites["first"].rectifier) == ("conv2d", "leaky_relu")
+    assert sites["second"].rectifier == "prelu" and "rest[0]" in sites
+    assert "decided at each call" in sites["conv"].reason
+    assert str(sites["first"]) == "first: conv2d + leaky_relu: fused"
+    assert [s.where for s in fusion.report(nn.Sequential(sequential()))] == ["0.0", "0.2"]
+
+
+def test_rrelu_draws_once_a_call_and_follows_the_mode():
+    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU(0.1, 0.4))), torch.randn(2, 3, 8, 8)
+    layer = fr.nn.ConvRReLU2d(3, 4, 1, lower=0.1, upper=0.4)
+    layer.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(model.eval()(x), F.leaky_relu(model[0](x), 0.25))
+
+
+def test_symbolically_traced_models_are_rewritten_and_restored():
+    traced, x = torch.fx.symbolic_trace(sequential().double()), image()
+    expected, code = value_and_gradients(traced, x), traced.code
+    fr.fuse(traced)
+    assert fused_calls(traced, x) == 2
+    assert_same(traced, x, expected)
+    assert_same(copy.deepcopy(traced), x, expected)
+    assert all(site.fused for site in fusion.report(traced)) and len(fusion.report(traced)) == 2
+    fr.unfuse(traced)
+    assert fused_calls(traced, x) == 0 and traced.code == code
+    assert_same(traced, x, expected)
+
+
+def test_a_fused_model_traces_as_the_original_did():
+    model = Attributes().eval()
+    graph = str(torch.fx.symbolic_trace(model).graph)
+    assert str(torch.fx.symbolic_trace(fr.fuse(model)).graph) == graph
+
+
+def test_a_fused_model_compiles_in_one_graph():
+    model, x = Attributes(), torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    torch._dynamo.reset()
+    run = torch.compile(fr.fuse(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (0, 3, 6, 6)])
+def test_unbatched_and_empty_inputs(shape):
+    model, x = sequential(), torch.randn(shape)
+    expected = model(x)
+    torch.testing.assert_close(fr.fuse(model)(x), expected)
+
+
+def test_autocast_and_half_match_the_original():
+    model, x = sequential(), torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        got = fr.fuse(model)(x)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+class Outer(Attributes):
+    def forward(self, x):
+        x = super().forward(x)
+        return self.lrelu(self.rest[1](x))
+
+
+def test_super_keeps_its_meaning():
+    model, x = Outer(), torch.randn(1, 3, 4, 4)
+    expected = model(x)
+    assert fused_calls(fr.fuse(model), x) >= 1
+    torch.testing.assert_close(model(x), expected)
