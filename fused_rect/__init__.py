@@ -6,11 +6,11 @@
 Importing compiles, launches and downloads nothing; Triton is imported when a Triton path first runs.
 """
 
-from . import batching, functional, nn, ops, random
+from . import batching, decompose, functional, nn, ops, random
 from .backends import backend
 from .fusion import fuse, unfuse
 
 batching.register(ops._lib)
 
 __version__ = "0.1.0"
-__all__ = ["backend", "functional", "fuse", "nn", "random", "unfuse"]
+__all__ = ["backend", "decompose", "functional", "fuse", "nn", "random", "unfuse"]

@@ -30,7 +30,7 @@ def _rectify_in_place(info: Any, in_dims: tuple, input: Tensor, *args: Any) -> t
         )
     out, _ = _rectify(info, in_dims, input, *args)
     input.copy_(out.movedim(0, in_dims[0]))
-    return (), ()
+    return None, None
 
 
 def _rectify_backward(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:

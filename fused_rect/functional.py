@@ -18,22 +18,26 @@ from torch import Tensor
 
 from . import ops, rectifiers
 from .random import new_seed
+from .tracing import leaf
 
 _RELU = ("relu", 0.0, 0.0)
 _PRELU = ("prelu", 0.0, 0.0)
 Rule = tuple[str, float, float]
 
 
+@leaf
 def bias_relu(input: Tensor, bias: Tensor | None = None) -> Tensor:
     """max(input + bias, 0). NaN stays NaN, -inf gives 0."""
     return _rectify(input, bias, None, None, _RELU)
 
 
+@leaf
 def bias_relu_(input: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`bias_relu` in place on ``input``."""
     return _rectify_(input, bias, None, None, _RELU)
 
 
+@leaf
 def bias_leaky_relu(input: Tensor, bias: Tensor | None = None, negative_slope: float = 0.01) -> Tensor:
     """z where z > 0, else negative_slope * z, with z = input + bias.
 
@@ -42,11 +46,13 @@ def bias_leaky_relu(input: Tensor, bias: Tensor | None = None, negative_slope: f
     return _rectify(input, bias, None, None, _leaky(negative_slope))
 
 
+@leaf
 def bias_leaky_relu_(input: Tensor, bias: Tensor | None = None, negative_slope: float = 0.01) -> Tensor:
     """:func:`bias_leaky_relu` in place on ``input``. With a negative slope, training keeps a copy of the input."""
     return _rectify_(input, bias, None, None, _leaky(negative_slope))
 
 
+@leaf
 def bias_prelu(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     """z where z > 0, else weight * z, with z = input + bias. He et al. 2015, arXiv 1502.01852.
 
@@ -55,11 +61,13 @@ def bias_prelu(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     return _rectify(input, bias, _slope_tensor(weight), None, _PRELU)
 
 
+@leaf
 def bias_prelu_(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     """:func:`bias_prelu` in place on ``input``. Training keeps a copy of the input, so it saves no memory there."""
     return _rectify_(input, bias, _slope_tensor(weight), None, _PRELU)
 
 
+@leaf
 def bias_rrelu(
     input: Tensor,
     bias: Tensor | None = None,
@@ -83,6 +91,7 @@ def bias_rrelu(
     return _rectify(input, bias, None, seed, rule)
 
 
+@leaf
 def bias_rrelu_(
     input: Tensor,
     bias: Tensor | None = None,
@@ -99,8 +108,12 @@ def bias_rrelu_(
 
 
 def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
-    """Rectify a convolution output that nobody else holds: over it, unless backward will read it (PReLU)."""
-    if rectifiers.saves_output(rule[0], rule[1]) or not _needs_grad(z, bias, weight):
+    """Rectify a convolution output that nobody else holds: over it, unless backward will read it (PReLU).
+
+    Exported programs and DTensors get the op without mutation: a clean node there, a sharding rule here.
+    """
+    in_place = rectifiers.saves_output(rule[0], rule[1]) or not _needs_grad(z, bias, weight)
+    if in_place and not torch.compiler.is_exporting() and not hasattr(z, "device_mesh"):
         return _rectify_(z, bias, weight, seed, rule)
     return _rectify(z, bias, weight, seed, rule)
 
@@ -200,7 +213,7 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
             f"`torch.nn.functional.{name}`, whose arguments these are, then :func:`bias_{rectifier}`, whose arguments\n"
             "are keywords (PReLU's tensor is `slope`). What is kept for backward: see :mod:`fused_rect.rectifiers`."
         )
-    return functions
+    return tuple(leaf(function) for function in functions)
 
 
 def convolution(function: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:

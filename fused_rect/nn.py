@@ -19,9 +19,11 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import functional, rectifiers
 from .functional import Rule
+from .tracing import leaf_module
 
 
 class RReLU(nn.RReLU):
@@ -76,6 +78,8 @@ class Fused(nn.Sequential):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the linear map's forward, rectified; ``output_size`` is for transposed convolutions alone."""
+        if isinstance(input, Proxy):
+            return leaf_module(self, input, *(() if output_size is None else (output_size,)))
         linear_map, activation = self._modules["0"], self._modules["1"]
         assert linear_map is not None and activation is not None
         weight, seed, rule = epilogue_arguments(activation, input)

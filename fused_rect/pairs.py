@@ -92,6 +92,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
         or not isinstance(linear_map, nn.Module)
         or obstacle(activation, linear_map) is not None
         or _globally_hooked()
+        or _slopes_elsewhere(activation, linear_map, args[0])
     ):
         return activation(linear_map(*args, **kwargs))
     input = args[0]
@@ -100,6 +101,12 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
     weight, seed, rule = epilogue_arguments(activation, input)
     bias = linear_map.bias
     return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule))
+
+
+def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> bool:
+    """PReLU's slopes go along dim 1, which is not the channels of an unbatched input or of a Linear's (N, T, features)."""
+    rank = 2 if isinstance(linear_map, nn.Linear) else len(linear_map.kernel_size) + 2
+    return isinstance(activation, nn.PReLU) and activation.weight.numel() > 1 and input.dim() != rank
 
 
 def call_function_pair(function: Any, rest: tuple, options: dict, linear_map: Any, *args: Any, **kwargs: Any) -> Any:

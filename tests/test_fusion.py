@@ -318,6 +318,15 @@ def test_unbatched_and_empty_inputs(shape):
     torch.testing.assert_close(fr.fuse(model)(x), expected)
 
 
+def test_prelus_slopes_go_along_dim_1_as_torchs_do():
+    """(N, T, features): torch's PReLU has a slope for each T there, and none for each feature."""
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.PReLU(4)), torch.randn(2, 4, 3)
+    nn.init.uniform_(model[1].weight)
+    expected = model(x)
+    torch.testing.assert_close(fr.fuse(model)(x), expected)
+    assert fused_calls(model, x) == 0
+
+
 def test_autocast_and_half_match_the_original():
     model, x = sequential(), torch.randn(2, 3, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
