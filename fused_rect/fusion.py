@@ -7,6 +7,7 @@ subclass whose forward calls the two together (:mod:`fused_rect.pairs`):
 - a Sequential (or a subclass that keeps its forward) runs adjacent pairs as one;
 - a module with its own forward gets that forward with `act(conv(x))`, written nested or in two statements, as one call
   (:mod:`fused_rect.source`). No tracing: branches, loops and attributes are read at each call, as before;
+- a module that only loops over a ModuleList of them is traced, with guards (:mod:`fused_rect.traced`);
 - an `torch.fx.GraphModule`, such as `torch.fx.symbolic_trace` returns, has its graph rewritten (:mod:`fused_rect.rewrite`).
 
 Whether a pair may be fused is asked again at each call, so a hook that is added later is honoured.
@@ -16,15 +17,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import pairs, source
+from . import pairs, source, traced
 from .rewrite import Site, rewrite
 
 _GRAPH = "_fused_rect_graph"
+_TRACED = "_fused_rect_traced"
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
@@ -41,6 +44,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
             replacement = _fused_class(_original(module), fold_batchnorm)
             if replacement is not None:
                 module.__class__ = replacement
+                if replacement.forward is traced.forward:
+                    module.__dict__[_TRACED] = traced.Traced()
+                    module.__dict__[_TRACED].fill(module, _original(module))
     return model
 
 
@@ -49,6 +55,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if _is_fused(module):
             module.__class__ = type(module)._fused_rect_original
+            module.__dict__.pop(_TRACED, None)
         elif _GRAPH in module.__dict__:
             module.graph = module.__dict__.pop(_GRAPH)  # type: ignore[assignment]
     return model
@@ -103,7 +110,7 @@ def _fused_class(original: type[nn.Module], fold: bool) -> type[nn.Module] | Non
         rewritten = source.rewritten(original.forward)
         if rewritten is None:
             return None
-        forward = rewritten.function
+        forward = rewritten.function if rewritten.places else traced.forward
     namespace = {
         "forward": forward,
         "__reduce_ex__": _reduce,
@@ -137,6 +144,8 @@ def _sites(module: nn.Module, name: str, fold: bool) -> list[Site]:
         if rewritten is None:
             return _without_source(module, name)
         found = [site for place in rewritten.places for site in source.sites(module, name, place)]
+        if not rewritten.places:
+            found = [replace(s, where=f"{name}.{s.where}".lstrip(".")) for s in traced.sites(module, original)]
     obstacle = _class_obstacle(module, original)
     return found if obstacle is None else [Site(s.where, s.linear_map, s.rectifier, False, obstacle) for s in found]
 

@@ -297,6 +297,41 @@ def test_symbolically_traced_models_are_rewritten_and_restored():
     assert_same(traced, x, expected)
 
 
+class Body(nn.Module):
+    """The pairs are never spelt: a loop calls what a list holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)])
+        self.scale = 2
+
+    def forward(self, x):
+        out = x
+        for i in range(len(self.body)):
+            out = self.body[i](out)
+        return out * self.scale + x
+
+
+def test_a_loop_over_a_list_is_traced_and_guarded():
+    model, x = Body().double(), image()
+    expected = value_and_gradients(model, x)
+    assert [s.where for s in fusion.report(model)] == ["body.0", "body.2"]
+    assert fused_calls(fr.fuse(model), x) == 2
+    assert_same(model, x, expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fused_calls(twin, x) == 2
+        assert_same(twin, x, expected)
+    model.scale = 3
+    plain = Body().double()
+    plain.load_state_dict(model.state_dict())
+    plain.scale = 3
+    torch.testing.assert_close(model(x), plain(x))
+    model.body.append(nn.Conv2d(3, 3, 1).double())
+    plain.body.append(model.body[-1])
+    torch.testing.assert_close(model(x), plain(x))
+    assert type(fr.unfuse(model)) is Body and "_fused_rect_traced" not in model.__dict__
+
+
 def test_a_fused_model_traces_as_the_original_did():
     model = Attributes().eval()
     graph = str(torch.fx.symbolic_trace(model).graph)

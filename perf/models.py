@@ -1,0 +1,231 @@
+"""Model code that others wrote, run as it is, fused, and compiled: `python -m fused_rect.perf.models [name ...] [--compile]`.
+
+For each model: sites fused, the largest difference of outputs and gradients from the original's (float64 and float32), and
+the peak of live bytes of a training step. Exits with 1 when a difference is over its tolerance.
+The packages (spandrel, timm, transformers) are optional; a model whose package is missing is skipped by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_rect as fr
+from fused_rect import fusion
+
+# float64: one rounding of each sum apart. float32: gradients of a deep net, relative to the largest entry of each tensor.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+
+
+@dataclass(frozen=True)
+class Model:
+    package: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    how: str
+    dtype: torch.dtype
+    fused: int
+    sites: int
+    output: float
+    gradient: float
+    peak_before: int
+    peak_after: int
+
+    @property
+    def ok(self) -> bool:
+        return self.fused > 0 and max(self.output, self.gradient) <= TOLERANCE[self.dtype]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:12} {self.how:8} {str(self.dtype).removeprefix('torch.'):8} {self.fused:3} of {self.sites:3} sites  "
+            f"output {self.output:.1e}  gradient {self.gradient:.1e}  "
+            f"peak {self.peak_before / 1e6:.2f} -> {self.peak_after / 1e6:.2f} MB  {'ok' if self.ok else 'DIFFERS'}"
+        )
+
+
+def bare(package: str) -> None:
+    """Make ``package`` importable without running its __init__, which pulls in what the one module we want does not need."""
+    if package in sys.modules:
+        return
+    parent, _, name = package.rpartition(".")
+    if parent:
+        bare(parent)
+        path = str(Path(sys.modules[parent].__path__[0]) / name)
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(f"pip install {package}", name=package)
+        path = spec.submodule_search_locations[0]
+    module = types.ModuleType(package)
+    module.__path__ = [path]
+    sys.modules[package] = module
+
+
+@contextlib.contextmanager
+def without_torchvision() -> Iterator[None]:
+    """timm imports torchvision for one class that it compares types with; that name alone, where torchvision is not there."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[names[-1]].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def spandrel(architecture: str, module: str, name: str) -> Any:
+    bare(f"spandrel.architectures.{architecture}")
+    return getattr(importlib.import_module(f"spandrel.architectures.{architecture}.__arch.{module}"), name)
+
+
+def rrdb() -> nn.Module:
+    return spandrel("ESRGAN", "RRDB", "RRDBNet")(num_filters=8, num_blocks=2, scale=2)
+
+
+def compact() -> nn.Module:
+    return spandrel("Compact", "SRVGG", "SRVGGNetCompact")(num_feat=8, num_conv=4, upscale=2)
+
+
+def cugan() -> nn.Module:
+    return spandrel("RealCUGAN", "upcunet_v3", "UNet1")(3, 3, deconv=True)
+
+
+def dncnn() -> nn.Module:
+    return spandrel("DnCNN", "network_dncnn", "DnCNN")(in_nc=3, out_nc=3, nc=8, nb=5, act_mode="BR").eval()
+
+
+def drunet() -> nn.Module:
+    return spandrel("DRUNet", "network_unet", "DRUNet")(in_nc=3, out_nc=3, nc=[8, 8, 8, 8], nb=1)
+
+
+def vgg() -> nn.Module:
+    bare("timm.data")
+    vars(sys.modules["timm"])["__version__"] = importlib.metadata.version("timm")
+    constants = importlib.import_module("timm.data.constants")
+    vars(sys.modules["timm.data"]).update({k: v for k, v in vars(constants).items() if k.isupper()})
+    bare("timm.models")
+    with without_torchvision():
+        module = importlib.import_module("timm.models.vgg")
+    return module.VGG([8, "M", 16, "M", 16, 16, "M"], num_classes=10, drop_rate=0.0)  # type: ignore[no-any-return]
+
+
+def hifigan() -> nn.Module:
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    return SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16, normalize_before=False))
+
+
+MODELS = {
+    "RRDBNet": Model("spandrel", rrdb, (1, 3, 12, 12)),
+    "Compact": Model("spandrel", compact, (1, 3, 12, 12)),
+    "CUGAN UNet": Model("spandrel", cugan, (1, 3, 32, 32)),
+    "DnCNN": Model("spandrel", dncnn, (1, 3, 12, 12), fold=True),
+    "DRUNet": Model("spandrel", drunet, (1, 3, 16, 16)),
+    "VGG": Model("timm", vgg, (2, 3, 56, 56)),
+    "HiFi-GAN": Model("transformers", hifigan, (1, 8, 16)),
+}
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of its mean square."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(y.square().mean(), [x, *parameters], allow_unused=True)
+    return y.detach(), [g for g in gradients if g is not None]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest entry."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def peak_live_bytes(run: Callable[[], Any]) -> int:
+    """The peak of allocated minus freed bytes, from the profiler's events (resident memory follows the allocator instead)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    live = peak = 0
+    for _, size in events:
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+def compare(name: str, dtype: torch.dtype, how: str) -> Result:
+    """One model, ``how`` "fuse" or "compile", against itself as its authors wrote it."""
+    entry = MODELS[name]
+    torch.manual_seed(0)
+    model = entry.build().to(dtype)
+    x = torch.randn(entry.shape, dtype=dtype)
+    other, sites = _converted(copy.deepcopy(model), x, how, entry.fold)
+    expected, expected_gradients = step(model, x)
+    got, gradients = step(other, x)
+    return Result(
+        name,
+        how,
+        dtype,
+        sum(site.fused for site in sites),
+        len(sites),
+        difference(got, expected),
+        max(difference(a, b) for a, b in zip(gradients, expected_gradients)),
+        peak_live_bytes(lambda: step(model, x)),
+        peak_live_bytes(lambda: step(other, x)),
+    )
+
+
+def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[fusion.Site]]:
+    if how == "fuse":
+        return fr.fuse(model, fold_batchnorm=fold), fusion.report(model, fold_batchnorm=fold)
+    from fused_rect import compile as fused_compile
+
+    options = {"fused_rect.sites": "all"}
+    sites = fused_compile.explain(model, x, options=options)
+    return torch.compile(model, backend=fused_compile.backend, options=options), sites  # type: ignore[return-value]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fused-rect-models", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(MODELS)}; by default all")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile too, which takes minutes")
+    chosen = parser.parse_args(arguments)
+    worst = 0
+    for name in chosen.names or MODELS:
+        try:
+            for how in ("fuse", "compile") if chosen.compile else ("fuse",):
+                for dtype in TOLERANCE:
+                    result = compare(name, dtype, how)
+                    print(result, flush=True)
+                    worst |= not result.ok
+        except ModuleNotFoundError as missing:
+            print(f"{name:12} skipped: pip install {MODELS[name].package} (no module {missing.name})", flush=True)
+    return worst
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""Models that others wrote compute the same when fused, and when compiled by our backend."""
+
+import pytest
+import torch
+
+from fused_rect.perf import models
+
+# How many sites each has; a lower number means that fuse() lost some.
+SITES = {"RRDBNet": 26, "Compact": 5, "CUGAN UNet": 6, "DnCNN": 4, "DRUNet": 7, "VGG": 4, "HiFi-GAN": 12}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_fused_models_match_their_originals(name, dtype):
+    try:
+        result = models.compare(name, dtype, "fuse")
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"{models.MODELS[name].package} is not installed: {missing}")
+    assert result.ok, str(result)
+    assert result.fused == result.sites == SITES[name], str(result)
+
+
+@pytest.mark.parametrize("name", ["RRDBNet", "Compact", "HiFi-GAN"])
+def test_compiled_models_match_their_originals(name):
+    torch._dynamo.reset()
+    try:
+        result = models.compare(name, torch.float64, "compile")
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"{models.MODELS[name].package} is not installed: {missing}")
+    assert result.ok and result.fused >= SITES[name], str(result)
+
+
+def test_a_difference_is_reported_as_one():
+    result = models.Result("x", "fuse", torch.float64, 1, 1, 1e-9, 0.0, 10, 10)
+    assert not result.ok and "DIFFERS" in str(result)
+
+
+def test_peak_live_bytes_sees_what_lives_at_once():
+    def step():
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        del a
+        b = torch.empty(1 << 20, dtype=torch.uint8)
+        c = torch.empty(1 << 20, dtype=torch.uint8)
+        return b, c
+
+    peak = models.peak_live_bytes(step)
+    assert 2 << 20 <= peak < (2 << 20) + 4096
+
+
+def test_the_command_prints_a_line_a_model(capsys):
+    if models.importlib.util.find_spec("spandrel") is None:
+        pytest.skip("spandrel is not installed")
+    assert models.main(["Compact"]) == 0
+    assert capsys.readouterr().out.count("Compact") == 2
