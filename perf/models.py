@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
@@ -76,6 +77,7 @@ def bare(package: str) -> None:
             raise ModuleNotFoundError(f"pip install {package}", name=package)
         path = spec.submodule_search_locations[0]
     module = types.ModuleType(package)
+    module.__spec__ = importlib.machinery.ModuleSpec(package, None, is_package=True)
     module.__path__ = [path]
     sys.modules[package] = module
 
