@@ -52,6 +52,8 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
+    if op == "relu" or (op == "leaky_relu" and lower >= 0):
+        return _from_output(grad, saved, op, lower, grad_input, bias, need_bias)
     z = saved if saves_output(op, lower) else reference.add_bias(saved, bias)
     g = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
     grad_weight = None
@@ -60,9 +62,7 @@ def backward(
         # masked_fill, not a product with the mask: 0 * inf would put NaN into the sum.
         grad_weight = _sum_like(torch.mul(g, z).masked_fill_(z > 0, 0), weight.numel()).to(weight.dtype)
         grad_weight = grad_weight.view(weight.shape)
-    if op == "relu":
-        g = g.masked_fill(z <= 0, 0)
-    elif op == "leaky_relu":
+    if op == "leaky_relu":
         g = torch.where(z > 0, g, g * lower)
     elif op == "prelu":
         assert weight is not None
@@ -70,10 +70,27 @@ def backward(
     else:
         g = g * _positive_to_one(z <= 0, _slopes(seed, z, op, lower, upper))
     grad_input.copy_(g)
-    grad_bias = None
-    if need_bias:
-        grad_bias = _sum_like(g, g.shape[1] if g.dim() > 1 else 1).to(grad.dtype if bias is None else bias.dtype)
-    return grad_bias, grad_weight
+    return _bias_gradient(g, grad, bias) if need_bias else None, grad_weight
+
+
+def _from_output(
+    grad: Tensor, out: Tensor, op: str, slope: float, grad_input: Tensor, bias: Tensor | None, need_bias: bool
+) -> tuple[Tensor | None, None]:
+    """One pass of ATen's own kernel, where masks and products would take three."""
+    if op == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad_input)
+    else:
+        torch.ops.aten.leaky_relu_backward.grad_input(grad, out, slope, True, grad_input=grad_input)
+    if not need_bias:
+        return None, None
+    g = grad_input
+    if grad.dtype not in (torch.float32, torch.float64):  # the bias sums the products before their rounding
+        g = torch.where(out > 0, grad.float(), grad.float() * slope) if op != "relu" else g.float()
+    return _bias_gradient(g, grad, bias), None
+
+
+def _bias_gradient(g: Tensor, grad: Tensor, bias: Tensor | None) -> Tensor:
+    return _sum_like(g, g.shape[1] if g.dim() > 1 else 1).to(grad.dtype if bias is None else bias.dtype)
 
 
 def _pre_activation(input: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
