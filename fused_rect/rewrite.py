@@ -49,14 +49,14 @@ class Site:
         return f"{self.where}: {self.linear_map} + {self.rectifier}: {verdict}"
 
 
-Policy = Callable[[str, fx.Node], "str | None"]
+Policy = Callable[[str, fx.Node], "str | None"]  # (rectifier, the node whose value it rectifies) -> why to leave it
 
 
 def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Policy | None = None) -> list[Site]:
     """Fuse every site of ``graph`` in place and say what was done with each.
 
-    owner: holds the modules that `call_module` nodes name. policy(rectifier, convolution node): a reason to leave a site
-    to the compiler behind us, or None.
+    owner: holds the modules that `call_module` nodes name. policy: a reason to leave a site to the compiler behind us, or
+    None; an RReLU in evaluation is a "leaky_relu" to it.
     """
     sites = []
     for node in list(graph.nodes):
@@ -67,14 +67,17 @@ def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Polic
         linear_map = _linear_of(producer, owner) if isinstance(producer, fx.Node) else None
         if linear_map is not None:
             sites.append(_visit(graph, node, producer, linear_map, rectifier, owner, policy))
-        if node.graph is graph and rectifier == "rrelu" and not node._erased and node.op == "call_function":
-            _replace_bare_rrelu(graph, node)
+        if rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node):
+            if policy is None or policy(_rule(node, rectifier), producer) is None:
+                _replace_bare_rrelu(graph, node)
     return sites
 
 
 def _visit(graph, node, producer, linear_map, rectifier, owner, policy) -> Site:
     where = str(producer.target) if producer.op == "call_module" else producer.name
-    reason = _obstacle(node, producer, rectifier, owner) or (policy(rectifier, producer) if policy else None)
+    reason = _obstacle(node, producer, rectifier, owner) or (
+        policy(_rule(node, rectifier), producer) if policy else None
+    )
     if reason is None:
         if producer.op == "call_module":
             _fuse_modules(graph, producer, node)
@@ -154,6 +157,11 @@ def _rectifier_arguments(node: fx.Node, rectifier: str) -> dict[str, Any]:
         lower, upper = _argument(node, 1, "lower", 1 / 8), _argument(node, 2, "upper", 1 / 3)
         return {"lower": lower, "upper": upper, "training": _argument(node, 3, "training", False)}
     return {}
+
+
+def _rule(node: fx.Node, rectifier: str) -> str:
+    evaluating = rectifier == "rrelu" and node.op == "call_function" and _argument(node, 3, "training", False) is False
+    return "leaky_relu" if evaluating else rectifier
 
 
 def _fuse_functions(graph: fx.Graph, producer: fx.Node, node: fx.Node, linear_map: str, rectifier: str) -> None:

@@ -63,7 +63,8 @@ def test_rrelu_trains_under_fullgraph():
     conv = nn.Conv2d(3, 4, 1)
     model = nn.Sequential(conv, nn.RReLU(0.1, 0.4))
     x = torch.randn(4, 3, 16, 16, requires_grad=True)
-    run = compiled(model)
+    assert len(fused_compile.explain(model, x, options=ALL).fused) == 1
+    run = compiled(model, options=ALL)
     y, z = run(x), conv(x)
     slopes = (y / z)[z < 0]
     assert 0.1 <= slopes.min() and slopes.max() <= 0.4 and abs(slopes.mean() - 0.25) < 0.01 and slopes.std() > 0.08
@@ -80,7 +81,7 @@ def test_rrelu_draws_eagers_slopes_under_fallback_random():
     layer = fr.nn.ConvRReLU2d(3, 4, 1)
     layer.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 8, 8)
-    run = compiled(model, options={"fallback_random": True})
+    run = compiled(model, options={"fallback_random": True, **ALL})
     torch.manual_seed(5)
     got = run(x)
     torch.manual_seed(5)
@@ -89,7 +90,7 @@ def test_rrelu_draws_eagers_slopes_under_fallback_random():
 
 def test_a_bare_rrelu_compiles_too():
     x = torch.randn(512, requires_grad=True)
-    y = compiled(lambda t: F.rrelu(t * 2, 0.1, 0.3, True))(x)
+    y = compiled(lambda t: F.rrelu(t * 2, 0.1, 0.3, True), options=ALL)(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, y.detach() / x.detach())
     slopes = (grad / 2)[x < 0]
@@ -222,16 +223,47 @@ def test_mode_and_options_reach_inductor(monkeypatch):
     assert seen["max_fusion_size"] == 7 and "fused_rect.sites" not in seen
 
 
+def test_sites_that_inductor_runs_as_fast_are_left_to_it(monkeypatch):
+    x = torch.randn(2, 3, 6, 6)
+
+    def sites(rectifier, training=True):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), rectifier).train(training)
+        with torch.set_grad_enabled(training):
+            (site,) = fused_compile.explain(model, x)
+        return site
+
+    assert not sites(nn.ReLU()).fused and "as fast" in sites(nn.ReLU()).reason
+    assert sites(nn.LeakyReLU()).fused
+    assert not sites(nn.LeakyReLU(), training=False).fused
+    assert not sites(nn.RReLU(), training=False).fused
+    monkeypatch.setattr(fused_compile.backends, "name", lambda device: "eager")
+    assert "no native CPU path" in sites(nn.RReLU()).reason
+    monkeypatch.setattr(fused_compile.backends, "name", lambda device: "native")
+    assert sites(nn.RReLU()).fused and sites(nn.PReLU()).fused
+
+
+def test_every_rectifier_trains_with_the_sites_chosen_for_it():
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    for make in RECTIFIERS.values():
+        torch._dynamo.reset()
+        conv = nn.Conv2d(3, 4, 3)
+        y = compiled(nn.Sequential(conv, make()))(x)
+        (grad,) = torch.autograd.grad(y.sum(), conv.bias)
+        z = conv(x)
+        torch.testing.assert_close(grad, (y / z).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
 def test_an_unknown_choice_of_sites_is_refused():
     with pytest.raises(ValueError, match="must be 'auto' or 'all'"):
         fused_compile.explain(nn.Linear(3, 2), torch.randn(2, 3), options={"fused_rect.sites": "some"})
 
 
-def test_inductor_pass_serves_the_plain_backend():
+def test_inductor_pass_serves_the_plain_backend(monkeypatch):
     from torch._inductor import config
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU())
     x = torch.randn(2, 3, 6, 6)
+    monkeypatch.setattr(fused_compile, "leave_to_inductor", None)
     with config.patch(pre_grad_custom_pass=fused_compile.inductor_pass):
         y = torch.compile(model, backend="inductor", fullgraph=True)(x)
     z = model[0](x)
@@ -260,8 +292,8 @@ def test_checkpointed_regions_are_rewritten():
     def function(x):
         return checkpoint(block, x, use_reentrant=False)
 
-    assert len(fused_compile.explain(function, x).fused) == 1
-    y = compiled(function)(x)
+    assert len(fused_compile.explain(function, x, options=ALL).fused) == 1
+    y = compiled(function, options=ALL)(x)
     (grad,) = torch.autograd.grad(y.sum(), block[0].bias)
     torch.testing.assert_close(grad, (y / block[0](x)).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
 
@@ -269,7 +301,7 @@ def test_checkpointed_regions_are_rewritten():
 def test_double_backward_says_what_it_cannot_do_and_eager_does_it():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU())
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(compiled(model)(x).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(compiled(model, options=ALL)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         grad.sum().backward()
 
