@@ -35,7 +35,8 @@ def backend(
     options = dict(options or {})
     rewrite_graph_module(gm, _policy(options.pop(_SITES, "auto")))
     patches = {**(list_mode_options(mode) if mode else {}), **options}
-    return compile_fx(gm, example_inputs, config_patches=patches or None)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    return compiled
 
 
 def _policy(sites: str) -> Policy | None:

@@ -41,7 +41,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
         if isinstance(module, torch.fx.GraphModule):
             _fuse_graph(module)
         elif any(site.fused for site in _sites(module, "", fold_batchnorm)):
-            replacement = _fused_class(_original(module), fold_batchnorm)
+            replacement: Any = _fused_class(_original(module), fold_batchnorm)
             if replacement is not None:
                 module.__class__ = replacement
                 if replacement.forward is traced.forward:
@@ -54,7 +54,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` in place: classes and graphs are again those that ``model`` came with."""
     for module in list(model.modules()):
         if _is_fused(module):
-            module.__class__ = type(module)._fused_rect_original
+            module.__class__ = _original(module)
             module.__dict__.pop(_TRACED, None)
         elif _GRAPH in module.__dict__:
             module.graph = module.__dict__.pop(_GRAPH)  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def _fuse_graph(module: torch.fx.GraphModule) -> None:
 
 
 @functools.lru_cache(maxsize=512)
-def _fused_class(original: type[nn.Module], fold: bool) -> type[nn.Module] | None:
+def _fused_class(original: Any, fold: bool) -> Any:
     """A subclass of ``original`` with the fused forward, under the same name; None where there is no such forward."""
     if original.forward is nn.Sequential.forward:
         forward = _folding_sequential_forward if fold else _sequential_forward
@@ -129,8 +129,9 @@ def _reduce(self: Any, protocol: Any) -> tuple:
     return _blank, (self._fused_rect_original, self._fused_rect_fold), state
 
 
-def _blank(original: type[nn.Module], fold: bool) -> nn.Module:
-    return original.__new__(_fused_class(original, fold) or original)
+def _blank(original: Any, fold: bool) -> nn.Module:
+    blank: nn.Module = original.__new__(_fused_class(original, fold) or original)
+    return blank
 
 
 def _sites(module: nn.Module, name: str, fold: bool) -> list[Site]:
@@ -175,7 +176,7 @@ def _sequential_sites(module: nn.Module, name: str, fold: bool) -> Iterator[Site
     children = list(module.named_children())
     at = 0
     while at + 1 < len(children):
-        taken, inner = _taken([m for _, m in children[at : at + 3]], fold)
+        taken, _ = _taken([m for _, m in children[at : at + 3]], fold)
         key, linear_map = children[at]
         kind = pairs.linear_map_name(linear_map)
         last = children[at + taken - 1][1] if taken > 1 else children[at + 1][1]

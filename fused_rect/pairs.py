@@ -51,7 +51,7 @@ def is_norm(module: Any) -> bool:
     return isinstance(module, _NORMS) and type(module).forward is nn.BatchNorm2d.forward
 
 
-def obstacle(activation: nn.Module, linear_map: nn.Module) -> str | None:
+def obstacle(activation: nn.Module, linear_map: Any) -> str | None:
     """Why the two cannot be called as one without somebody noticing, or None."""
     if linear_map_name(linear_map) is None:
         return f"{type(linear_map).__name__} is not a convolution or linear map with torch's own forward"
@@ -99,7 +99,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
     weight, seed, rule = epilogue_arguments(activation, input)
-    bias = linear_map.bias
+    bias: Any = linear_map.bias
     return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule))
 
 
@@ -125,7 +125,7 @@ def call_function_pair(function: Any, rest: tuple, options: dict, linear_map: An
         return function(linear_map(*args, **kwargs), *rest, **options)
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
-    bias = linear_map.bias
+    bias: Any = linear_map.bias
     return map_then(linear_map, args[0], lambda z: functional.epilogue(z, bias, None, None, rectifier))
 
 

@@ -67,9 +67,9 @@ def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Polic
         linear_map = _linear_of(producer, owner) if isinstance(producer, fx.Node) else None
         if linear_map is not None:
             sites.append(_visit(graph, node, producer, linear_map, rectifier, owner, policy))
-        if rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node):
-            if policy is None or policy(_rule(node, rectifier), producer) is None:
-                _replace_bare_rrelu(graph, node)
+        bare = rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node)
+        if bare and (policy is None or policy(_rule(node, rectifier), producer) is None):
+            _replace_bare_rrelu(graph, node)
     return sites
 
 

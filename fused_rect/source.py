@@ -68,7 +68,7 @@ def rewritten(forward: Any) -> Rewritten | None:
     return Rewritten(_compiled(forward, definition) if places else forward, tuple(places))
 
 
-def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> types.FunctionType:
+def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> Callable[..., Any]:
     """``definition`` as a function with the globals, defaults and closure of ``forward``."""
     free = forward.__code__.co_freevars
     for argument in ast.walk(definition.args):
@@ -195,7 +195,7 @@ def _root(node: ast.expr) -> str | None:
 _UNKNOWN = object()
 
 
-def resolve(forward: types.FunctionType, node: ast.expr) -> Any:
+def resolve(forward: Any, node: ast.expr) -> Any:
     """The global object that a dotted name means in ``forward``, or a unique object that equals nothing."""
     names = []
     while isinstance(node, ast.Attribute):

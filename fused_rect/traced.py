@@ -19,6 +19,8 @@ from torch import fx, nn
 from .rewrite import Site, rewrite
 
 _BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Try, ast.With, ast.BoolOp, ast.Compare, ast.Assert, ast.Await, ast.Yield)
+# What a model's code raises when its tensors are proxies: it cannot be traced, and stays as it is.
+_UNTRACEABLE = (fx.proxy.TraceError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class _Leaves(fx.Tracer):
@@ -41,10 +43,8 @@ class Traced:
         if graph is None:
             return []
         sites = rewrite(graph, module)
-        code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(code.src, namespace)
-        self.function, self.frozen = namespace["forward"], _frozen(module, original)
+        # The graph's code as GraphModule compiles it; run with the module itself as self, it calls the module's own children.
+        self.function, self.frozen = type(fx.GraphModule(module, graph)).forward, _frozen(module, original)
         return sites
 
     def holds(self, module: nn.Module) -> bool:
@@ -74,7 +74,7 @@ def _graph(module: nn.Module, original: type[nn.Module]) -> fx.Graph | None:
     kept, module.__class__ = module.__class__, original
     try:
         return _Leaves().trace(module)
-    except Exception:  # whatever the model's code raises on a proxy: it cannot be traced, and stays as it is
+    except _UNTRACEABLE:
         return None
     finally:
         module.__class__ = kept

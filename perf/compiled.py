@@ -37,7 +37,7 @@ def model(name: str) -> nn.Module:
 
 def runs(name: str, training: bool) -> Runs:
     """The four ways to run one model, each compiled and warm; plain torch.compile is absent where it raises."""
-    from .. import compile as fused_compile
+    from fused_rect import compile as fused_compile
 
     x = torch.randn(8, 32, 48, 48)
     ours = {"backend": fused_compile.backend}

@@ -206,9 +206,10 @@ def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Mo
         return fr.fuse(model, fold_batchnorm=fold), fusion.report(model, fold_batchnorm=fold)
     from fused_rect import compile as fused_compile
 
-    options = {"fused_rect.sites": "all"}
+    options: dict[str, Any] = {"fused_rect.sites": "all"}
     sites = fused_compile.explain(model, x, options=options)
-    return torch.compile(model, backend=fused_compile.backend, options=options), sites  # type: ignore[return-value]
+    compiled: Any = torch.compile(model, backend=fused_compile.backend, options=options)
+    return compiled, sites
 
 
 def main(arguments: list[str] | None = None) -> int:
