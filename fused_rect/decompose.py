@@ -1,7 +1,7 @@
 """The ops as standard torch operations, for consumers that know no others: ONNX, other compilers.
 
-    program = torch.export.export(model.eval(), (x,)).run_decompositions(fused_rect.decompose.table())
-    torch.onnx.export(program, f="model.onnx")
+program = torch.export.export(model.eval(), (x,)).run_decompositions(fused_rect.decompose.table())
+torch.onnx.export(program, f="model.onnx")
 """
 
 from __future__ import annotations

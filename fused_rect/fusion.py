@@ -8,7 +8,7 @@ subclass whose forward calls the two together (:mod:`fused_rect.pairs`):
 - a module with its own forward gets that forward with `act(conv(x))`, written nested or in two statements, as one call
   (:mod:`fused_rect.source`). No tracing: branches, loops and attributes are read at each call, as before;
 - a module that only loops over a ModuleList of them is traced, with guards (:mod:`fused_rect.traced`);
-- an `torch.fx.GraphModule`, such as `torch.fx.symbolic_trace` returns, has its graph rewritten (:mod:`fused_rect.rewrite`).
+- an `fx.GraphModule`, such as `torch.fx.symbolic_trace` returns, has its graph rewritten (:mod:`fused_rect.rewrite`).
 
 Whether a pair may be fused is asked again at each call, so a hook that is added later is honoured.
 """
@@ -41,7 +41,8 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
         if isinstance(module, torch.fx.GraphModule):
             _fuse_graph(module)
         elif any(site.fused for site in _sites(module, "", fold_batchnorm)):
-            replacement: Any = _fused_class(_original(module), fold_batchnorm)
+            original: Any = _original(module)
+            replacement = _fused_class(original, fold_batchnorm)
             if replacement is not None:
                 module.__class__ = replacement
                 if replacement.forward is traced.forward:
@@ -221,5 +222,3 @@ def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
 
 def _folding_sequential_forward(self: nn.Sequential, input: Any) -> Any:
     return _run(list(self), input, fold=True)
-
-

@@ -1,4 +1,4 @@
-"""A linear map module and a rectifier module, called together: fused where that is exact, one after the other elsewhere.
+"""A linear map module and a rectifier module, called together: fused where exact, one after the other elsewhere.
 
 The decision is taken at each call (hooks may come and go), so a call here always means `activation(linear_map(input))`.
 """
@@ -104,7 +104,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
 
 
 def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> bool:
-    """PReLU's slopes go along dim 1, which is not the channels of an unbatched input or of a Linear's (N, T, features)."""
+    """PReLU's slopes go along dim 1: not the channels of an unbatched input or of a Linear's (N, T, features)."""
     rank = 2 if isinstance(linear_map, nn.Linear) else len(linear_map.kernel_size) + 2
     return isinstance(activation, nn.PReLU) and activation.weight.numel() > 1 and input.dim() != rank
 

@@ -2,7 +2,7 @@
 
 Dynamo's graphs hold functions (`torch.conv2d`, `F.leaky_relu`, `Tensor.relu_`, ...), symbolically traced ones hold
 modules too. Both are served, so the compile backend, the Inductor pass and `fuse()` on graph modules agree.
-The fused call takes the convolution's place in the graph: whatever mutates the convolution's input later still does so later.
+The fused call takes the convolution's place in the graph: what mutates its input later still does so later.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Policy = Callable[[str, fx.Node], "str | None"]  # (rectifier, the node whose va
 def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Policy | None = None) -> list[Site]:
     """Fuse every site of ``graph`` in place and say what was done with each.
 
-    owner: holds the modules that `call_module` nodes name. policy: a reason to leave a site to the compiler behind us, or
-    None; an RReLU in evaluation is a "leaky_relu" to it.
+    owner: holds the modules that `call_module` nodes name. policy: a reason to leave a site to the
+    compiler behind us, or None; an RReLU in evaluation is a "leaky_relu" to it.
     """
     sites = []
     for node in list(graph.nodes):
@@ -67,7 +67,9 @@ def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Polic
         linear_map = _linear_of(producer, owner) if isinstance(producer, fx.Node) else None
         if linear_map is not None:
             sites.append(_visit(graph, node, producer, linear_map, rectifier, owner, policy))
-        bare = rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node)
+        bare = (
+            rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node)
+        )
         if bare and (policy is None or policy(_rule(node, rectifier), producer) is None):
             _replace_bare_rrelu(graph, node)
     return sites
@@ -109,13 +111,15 @@ def _obstacle(node: fx.Node, producer: fx.Node, rectifier: str, owner: torch.nn.
         assert owner is not None
         modules = owner.get_submodule(str(node.target)), owner.get_submodule(str(producer.target))
         return pairs.obstacle(*modules) or (
-            None if len(producer.args) == 1 and not producer.kwargs else "the convolution is called with more than its input"
+            None
+            if len(producer.args) == 1 and not producer.kwargs
+            else "the convolution is called with more than its input"
         )
     return _shape_obstacle(node, producer, rectifier) or _argument_obstacle(node, producer, rectifier)
 
 
 def _shape_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:
-    """PReLU's slopes go along dim 1, which is not the channels of an unbatched input or of a linear map's (N, T, features)."""
+    """PReLU's slopes go along dim 1: not the channels of an unbatched input or of a linear map's (N, T, features)."""
     slope = _argument(node, 1, "weight")
     if rectifier != "prelu" or not isinstance(slope, fx.Node):
         return None
@@ -127,7 +131,7 @@ def _shape_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | N
 
 
 def _argument_obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:
-    """The rectifier's arguments are read where the convolution stands: they must be there, and the same then as later."""
+    """The rectifier's arguments are read where the convolution stands: they must be there, and stay the same."""
     arguments = [a for a in _rectifier_arguments(node, rectifier).values() if isinstance(a, fx.Node)]
     for argument in arguments:
         if argument.target == "item" and argument.args[0].op == "placeholder":  # type: ignore[union-attr]
@@ -195,5 +199,3 @@ def _replace_bare_rrelu(graph: fx.Graph, node: fx.Node) -> None:
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-

@@ -1,9 +1,9 @@
 """A forward with every `act(conv(x))` as one call, made from its source text.
 
-Both spellings are met: nested, `self.act(self.conv(x))` or `F.leaky_relu(conv(x), 0.2)`, and two neighbouring statements,
-`x = self.conv(x)` then `x = self.act(x)` (or `return self.act(x)`). The call is a helper that looks at the two objects each
-time and, where they are no fusable pair, calls one after the other; names are evaluated in the order of the original. So the
-new forward means what the old one meant, whatever the names hold; nothing is frozen as tracing would freeze it.
+Both spellings are met: nested, `self.act(self.conv(x))` or `F.leaky_relu(conv(x), 0.2)`, and two neighbouring
+statements, `x = self.conv(x)` then `x = self.act(x)` (or `return self.act(x)`). The call is a helper that looks at the
+two objects each time and, where they are no fusable pair, calls one after the other; names are evaluated in the order of
+the original. So the new forward means what the old one meant, whatever the names hold; nothing is frozen as tracing would freeze it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> Calla
     )
     ast.increment_lineno(definition, forward.__code__.co_firstlineno - definition.lineno)
     module = ast.fix_missing_locations(ast.Module([factory], []))
-    outer = next(c for c in compile(module, forward.__code__.co_filename, "exec").co_consts if isinstance(c, types.CodeType))
+    outer = next(
+        c for c in compile(module, forward.__code__.co_filename, "exec").co_consts if isinstance(c, types.CodeType)
+    )
     code = next(c for c in outer.co_consts if isinstance(c, types.CodeType) and c.co_name == forward.__name__)
     assert forward.__closure__ is not None or not free
     known = dict(zip(free, forward.__closure__ or ()))
@@ -229,7 +231,9 @@ def sites(module: nn.Module, name: str, place: Place) -> Iterator[Site]:
         yield Site(where, *kinds, True, "decided at each call: its modules are local names")
         return
     if rectifier in ("prelu", "rrelu") and not isinstance(outer, nn.Module):
-        reason: str | None = f"F.{rectifier} is called as a function; torch.compile's backend fuses it, or use the module"
+        reason: str | None = (
+            f"F.{rectifier} is called as a function; torch.compile's backend fuses it, or use the module"
+        )
     else:
         reason = pairs.obstacle(outer if isinstance(outer, nn.Module) else nn.ReLU(), inner)
     yield Site(where, linear_map or "", rectifier or "", reason is None, reason or "")

@@ -1,8 +1,8 @@
-"""The forward of one module by tracing, for pairs that its source does not spell out: `for layer in self.body: x = layer(x)`.
+"""The forward of one module by tracing, for pairs that its source does not spell out: `for layer in body: x = layer(x)`.
 
-Only the module's own forward is traced; its children stay modules that are called. What tracing freezes is compared at each
-call: a plain attribute that the forward reads, or the length of a child list, that has changed means the original forward
-runs. A forward that branches, or reads `training`, is not traced.
+Only the module's own forward is traced; its children stay modules that are called. What tracing freezes is compared at
+each call: a plain attribute that the forward reads, or the length of a child list, that has changed means the original
+forward runs. A forward that branches, or reads `training`, is not traced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from .rewrite import Site, rewrite
 
 _BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Try, ast.With, ast.BoolOp, ast.Compare, ast.Assert, ast.Await, ast.Yield)
 # What a model's code raises when its tensors are proxies: it cannot be traced, and stays as it is.
-_UNTRACEABLE = (fx.proxy.TraceError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_UNTRACEABLE = (
+    fx.proxy.TraceError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Leaves(fx.Tracer):
@@ -43,7 +51,7 @@ class Traced:
         if graph is None:
             return []
         sites = rewrite(graph, module)
-        # The graph's code as GraphModule compiles it; run with the module itself as self, it calls the module's own children.
+        # The graph's code as GraphModule compiles it; with the module itself as self, it calls the module's own children.
         self.function, self.frozen = type(fx.GraphModule(module, graph)).forward, _frozen(module, original)
         return sites
 
@@ -89,7 +97,9 @@ def _reads(original: type[nn.Module]) -> set[str] | None:
     if any(isinstance(node, _BRANCHES) for node in ast.walk(tree)):
         return None
     return {
-        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
     }
 
 

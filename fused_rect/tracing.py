@@ -1,4 +1,4 @@
-"""Leaves of `torch.fx.symbolic_trace`: our functions and layers decide by shape and dtype, which a Proxy does not have."""
+"""Leaves of `torch.fx.symbolic_trace`: ours decide by shape and dtype, which a Proxy does not have."""
 
 from __future__ import annotations
 

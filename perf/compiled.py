@@ -1,8 +1,9 @@
-"""Compiled layers on the CPU, paired and interleaved: `python -m fused_rect.perf.compiled [rectifier ...] [--processes 3]`.
+"""Compiled layers on the CPU, paired and interleaved: `python -m fused_rect.perf.compiled [rectifier ...]`.
 
 For each rectifier, in training and in inference: the time of eager torch and of plain `torch.compile` over that of
-`torch.compile(backend="fused_rect")`, the sites as chosen ("auto") and all fused ("all"). Above 1 ours is faster. A round runs
-each once, in turn; a process gives the median of its rounds' ratios, printed is the median of the processes with their range.
+`torch.compile(backend="fused_rect")`, the sites as chosen ("auto") and all fused ("all"). Above 1 ours is faster. A round
+runs each once, in turn; a process gives the median of its rounds' ratios, printed is the median of the processes with
+their range.
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ def _report(name: str, mode: str, processes: int, rounds: int) -> None:
     found = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(processes)]
     for key in found[0]:
         values = sorted(result[key] for result in found)
-        print(f"{name:6} {mode:9} {key:14} {statistics.median(values):.2f}  ({values[0]:.2f} to {values[-1]:.2f})", flush=True)
+        print(
+            f"{name:6} {mode:9} {key:14} {statistics.median(values):.2f}  ({values[0]:.2f} to {values[-1]:.2f})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

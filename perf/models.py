@@ -1,7 +1,7 @@
-"""Model code that others wrote, run as it is, fused, and compiled: `python -m fused_rect.perf.models [name ...] [--compile]`.
+"""Model code that others wrote, as it is, fused, and compiled: `python -m fused_rect.perf.models [name ...] [--compile]`.
 
-For each model: sites fused, the largest difference of outputs and gradients from the original's (float64 and float32), and
-the peak of live bytes of a training step. Exits with 1 when a difference is over its tolerance.
+For each model: sites fused, the largest difference of outputs and gradients from the original's (float64 and float32),
+and the peak of live bytes of a training step. Exits with 1 when a difference is over its tolerance.
 The packages (spandrel, timm, transformers) are optional; a model whose package is missing is skipped by name.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fused_rect as fr
 from fused_rect import fusion
 
-# float64: one rounding of each sum apart. float32: gradients of a deep net, relative to the largest entry of each tensor.
+# float64: one rounding of each sum apart. float32: gradients of a deep net, relative to each tensor's largest entry.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
 
@@ -57,14 +57,15 @@ class Result:
 
     def __str__(self) -> str:
         return (
-            f"{self.name:12} {self.how:8} {str(self.dtype).removeprefix('torch.'):8} {self.fused:3} of {self.sites:3} sites  "
+            f"{self.name:12} {self.how:8} {str(self.dtype).removeprefix('torch.'):8} "
+            f"{self.fused:3} of {self.sites:3} sites  "
             f"output {self.output:.1e}  gradient {self.gradient:.1e}  "
             f"peak {self.peak_before / 1e6:.2f} -> {self.peak_after / 1e6:.2f} MB  {'ok' if self.ok else 'DIFFERS'}"
         )
 
 
 def bare(package: str) -> None:
-    """Make ``package`` importable without running its __init__, which pulls in what the one module we want does not need."""
+    """Make ``package`` importable without running its __init__, which pulls in what the one module does not need."""
     if package in sys.modules:
         return
     parent, _, name = package.rpartition(".")
@@ -84,7 +85,7 @@ def bare(package: str) -> None:
 
 @contextlib.contextmanager
 def without_torchvision() -> Iterator[None]:
-    """timm imports torchvision for one class that it compares types with; that name alone, where torchvision is not there."""
+    """timm imports torchvision for one class that it compares types with; where it is missing, that name alone."""
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
@@ -167,7 +168,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def peak_live_bytes(run: Callable[[], Any]) -> int:
-    """The peak of allocated minus freed bytes, from the profiler's events (resident memory follows the allocator instead)."""
+    """The peak of allocated minus freed bytes, from the profiler's events (resident memory follows the allocator)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     results = profile.profiler.kineto_results  # type: ignore[union-attr]

@@ -16,7 +16,9 @@ RANKS = 2
 def model():
     torch.manual_seed(0)
     return nn.Sequential(
-        fr.nn.ConvReLU2d(3, 4, 3), fr.nn.ConvLeakyReLU2d(4, 4, 1, negative_slope=0.2), fr.nn.ConvPReLU2d(4, 4, 1, num_parameters=4)
+        fr.nn.ConvReLU2d(3, 4, 3),
+        fr.nn.ConvLeakyReLU2d(4, 4, 1, negative_slope=0.2),
+        fr.nn.ConvPReLU2d(4, 4, 1, num_parameters=4),
     ).double()
 
 
@@ -121,5 +123,3 @@ def _rank(rank, case, store):
 def test_on_two_processes(case, tmp_path):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(_rank, (case, str(tmp_path / "store")), nprocs=RANKS)
-
-

@@ -57,7 +57,9 @@ class Attributes(nn.Module):
 
 
 def sequential(rectifier=None):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), rectifier or nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.PReLU())
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), rectifier or nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.PReLU()
+    )
 
 
 def value_and_gradients(model, x):
@@ -152,7 +154,9 @@ def test_copies_stay_fused_and_independent(copier):
     assert type(fr.unfuse(twin)[2]) is Attributes
 
 
-@pytest.mark.parametrize("law", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm"])
+@pytest.mark.parametrize(
+    "law", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm"]
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_normalized_weights(law):
     apply = {
