@@ -1,9 +1,8 @@
 """DTensor sharding rules of the ops: over the batch (or any later dim) and over the channels.
 
 Importing this module registers them: `import fused_rect.sharding`. Sharded channels shard the bias and a slope per
-channel alike; elsewhere their gradients are partial sums. RReLU in training takes replicated tensors alone: its slopes follow the position in
-memory, so shards that share a seed would draw the same slopes.
-"""
+channel alike; elsewhere their gradients are partial sums. RReLU in training takes replicated tensors alone: its
+slopes follow the position in memory, so shards that share a seed would draw the same slopes."""
 
 from __future__ import annotations
 

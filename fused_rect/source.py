@@ -1,10 +1,10 @@
 """A forward with every `act(conv(x))` as one call, made from its source text.
 
 Both spellings are met: nested, `self.act(self.conv(x))` or `F.leaky_relu(conv(x), 0.2)`, and two neighbouring
-statements, `x = self.conv(x)` then `x = self.act(x)` (or `return self.act(x)`). The call is a helper that looks at the
-two objects each time and, where they are no fusable pair, calls one after the other; names are evaluated in the order of
-the original. So the new forward means what the old one meant, whatever the names hold; nothing is frozen as tracing would freeze it.
-"""
+statements, `x = self.conv(x)` then `x = self.act(x)` (or `return self.act(x)`). The call is a helper that looks at
+the two objects each time and, where they are no fusable pair, calls one after the other; names are evaluated in the
+order of the original. So the new forward means what the old one meant, whatever the names hold; nothing is frozen as
+tracing would freeze it."""
 
 from __future__ import annotations
 

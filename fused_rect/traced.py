@@ -1,4 +1,4 @@
-"""The forward of one module by tracing, for pairs that its source does not spell out: `for layer in body: x = layer(x)`.
+"""The forward of one module by tracing, for pairs its source does not spell out: `for layer in body: x = layer(x)`.
 
 Only the module's own forward is traced; its children stay modules that are called. What tracing freezes is compared at
 each call: a plain attribute that the forward reads, or the length of a child list, that has changed means the original
@@ -51,7 +51,7 @@ class Traced:
         if graph is None:
             return []
         sites = rewrite(graph, module)
-        # The graph's code as GraphModule compiles it; with the module itself as self, it calls the module's own children.
+        # The code as GraphModule compiles it; with the module itself as self, it calls the module's own children.
         self.function, self.frozen = type(fx.GraphModule(module, graph)).forward, _frozen(module, original)
         return sites
 

@@ -1,10 +1,9 @@
 """Compiled layers on the CPU, paired and interleaved: `python -m fused_rect.perf.compiled [rectifier ...]`.
 
 For each rectifier, in training and in inference: the time of eager torch and of plain `torch.compile` over that of
-`torch.compile(backend="fused_rect")`, the sites as chosen ("auto") and all fused ("all"). Above 1 ours is faster. A round
-runs each once, in turn; a process gives the median of its rounds' ratios, printed is the median of the processes with
-their range.
-"""
+`torch.compile(backend="fused_rect")`, the sites as chosen ("auto") and all fused ("all"). Above 1 ours is faster. A
+round runs each once, in turn; a process gives the median of its rounds' ratios, printed is the median of the
+processes with their range."""
 
 from __future__ import annotations
 

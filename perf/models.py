@@ -1,4 +1,4 @@
-"""Model code that others wrote, as it is, fused, and compiled: `python -m fused_rect.perf.models [name ...] [--compile]`.
+"""Model code of others, as it is, fused, and compiled: `python -m fused_rect.perf.models [name ...] [--compile]`.
 
 For each model: sites fused, the largest difference of outputs and gradients from the original's (float64 and float32),
 and the peak of live bytes of a training step. Exits with 1 when a difference is over its tolerance.

@@ -3,81 +3,15 @@
 import copy
 import io
 import pickle
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import Attributes, assert_same, fused_calls, image, sequential, value_and_gradients
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rect as fr
 from fused_rect import fusion
-
-
-class Ops(TorchDispatchMode):
-    """Counts the ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func.overloadpacket._qualified_op_name.split("::")[-1]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def fused_calls(model, *inputs):
-    with Ops() as ops, torch.no_grad():
-        model(*inputs)
-    return ops.count["rectify_"] + ops.count["rectify"]
-
-
-class Attributes(nn.Module):
-    """One shared rectifier, nested calls, statements, functional spellings, a loop and a branch."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.second = nn.ConvTranspose2d(4, 4, 3, padding=1)
-        self.rest = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
-        self.lrelu = nn.LeakyReLU(0.2, inplace=True)
-        self.prelu = nn.PReLU(4)
-
-    def forward(self, x, scale: float = 2.0, *, twice=True):
-        x = self.lrelu(self.first(x))
-        x = self.second(x)
-        x = self.prelu(x)
-        for conv in self.rest:
-            x = F.leaky_relu(conv(x), 0.3, inplace=True)
-        if self.training and twice:
-            x = x * scale
-        x = self.rest[0](x)
-        return self.lrelu(x)
-
-
-def sequential(rectifier=None):
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), rectifier or nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.PReLU()
-    )
-
-
-def value_and_gradients(model, x):
-    model.zero_grad()
-    y = model(x)
-    (gx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
-    y.square().sum().backward()
-    return y, gx, [p.grad.clone() for p in model.parameters()]
-
-
-def assert_same(model, x, expected, tolerance=1e-12):
-    y, gx, grads = value_and_gradients(model, x)
-    for a, b in zip((y, gx, *grads), (expected[0], expected[1], *expected[2]), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def image(*shape):
-    return torch.randn(shape or (2, 3, 6, 6), dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize(("make", "sites"), [(sequential, 2), (Attributes, 5)])
@@ -152,89 +86,6 @@ def test_copies_stay_fused_and_independent(copier):
         twin[0][0].weight.zero_()
     assert model[0][0].weight.abs().sum() > 0
     assert type(fr.unfuse(twin)[2]) is Attributes
-
-
-@pytest.mark.parametrize(
-    "law", ["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm"]
-)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_normalized_weights(law):
-    apply = {
-        "weight_norm": nn.utils.weight_norm,
-        "spectral_norm": nn.utils.spectral_norm,
-        "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
-        "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
-    }[law]
-    torch.manual_seed(0)
-    model, x = nn.Sequential(apply(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2)).double(), image()
-    with torch.no_grad():
-        for _ in range(30):  # power iterations: spectral_norm moves its vectors at each training call
-            model(x)
-    model.eval()
-    expected = value_and_gradients(model, x)
-    fr.fuse(model)
-    assert fused_calls(model, x) == 1
-    assert_same(model, x, expected)
-    with torch.no_grad():
-        next(model.parameters()).mul_(0.5)
-    fused = model(x)
-    torch.testing.assert_close(fused, fr.unfuse(model)(x))
-
-
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
-def test_hooks_on_either_module_still_fire(which, kind):
-    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).double()), image()
-    assert fused_calls(model, x) == 1
-    seen = []
-    hook = getattr(model[which], f"register_{kind}_hook")(lambda *args: seen.append(len(args)) or None)
-    assert fused_calls(model, x) == 0
-    (site,) = fusion.report(model)
-    assert not site.fused and "hooks" in site.reason
-    seen.clear()
-    model(x).sum().backward()
-    assert len(seen) == 1
-    hook.remove()
-    assert fused_calls(model, x) == 1 and fusion.report(model)[0].fused
-
-
-def test_a_hook_on_the_container_fires_and_sees_the_fused_output():
-    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())), torch.randn(1, 3, 2, 2)
-    seen = []
-    model.register_forward_hook(lambda m, args, out: seen.append(out))
-    torch.testing.assert_close(model(x), seen[0])
-
-
-def test_global_hooks_see_every_module():
-    model, x = fr.fuse(sequential()), torch.randn(1, 3, 4, 4)
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
-    try:
-        model(x)
-    finally:
-        handle.remove()
-    assert nn.Conv2d in seen and nn.PReLU in seen
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_batchnorm_is_folded_on_request_in_evaluation_mode(affine, bias):
-    norm = nn.BatchNorm2d(4, affine=affine)
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), norm, nn.LeakyReLU(0.1)).double(), image()
-    for _ in range(3):
-        model(x)
-    model.eval()
-    expected = value_and_gradients(model, x)
-    (left,) = fusion.report(model)
-    assert not left.fused and "fold_batchnorm" in left.reason
-    assert fused_calls(fr.fuse(model), x) == 0
-    assert fused_calls(fr.fuse(model, fold_batchnorm=True), x) == 1
-    assert fusion.report(model)[0].fused
-    assert_same(model, x, expected)
-    assert fused_calls(copy.deepcopy(model), x) == 1
-    before = norm.running_mean.clone()
-    model.train()
-    assert fused_calls(model, x) == 0 and not torch.equal(norm.running_mean, before)
 
 
 class OwnConv(nn.Conv2d):
