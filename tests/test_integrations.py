@@ -15,7 +15,7 @@ class PlainPReLU(nn.PReLU):
     """torch's own prelu raises under vmap(jacrev)."""
 
     def forward(self, z):
-        return torch.where(z > 0, z, z * self.weight.view(-1, 1, 1))
+        return torch.where(z > 0, z, z * self.weight.view(-1, 1, 1).to(z.dtype))
 
 
 RECTIFIERS = {
