@@ -9,8 +9,8 @@ Importing compiles, launches and downloads nothing; Triton is imported when a Tr
 from . import batching, decompose, functional, nn, ops, random
 from .backends import backend
 from .fusion import fuse, unfuse
+from .version import __version__
 
 batching.register(ops._lib)
 
-__version__ = "0.1.0"
-__all__ = ["backend", "decompose", "functional", "fuse", "nn", "random", "unfuse"]
+__all__ = ["__version__", "backend", "decompose", "functional", "fuse", "nn", "random", "unfuse"]

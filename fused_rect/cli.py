@@ -1,0 +1,64 @@
+"""The `fused-rect` command: one table of subcommands, each a module that is imported only when it is the one asked for.
+
+A subcommand's module has `configure(parser)`, which adds its arguments, and `run(options)`, which returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    module: str
+    help: str
+    extra: str  # the optional dependencies it needs: pip install 'fused-rect[extra]'
+
+
+COMMANDS = {
+    "demo": Command("fused_rect.demo", "train a small network on real digits, fused and eager, and compare", "demo"),
+    "profile": Command("fused_rect.perf.cli", "measure what fusing brings on this machine", "perf"),
+    "inspect": Command("fused_rect.perf.inspection", "compile the kernels for real targets and print their figures", "perf"),
+    "study": Command("fused_rect.study.cli", "repeat the evaluation of Xu et al. 2015", "study"),
+    "env": Command("fused_rect.environment", "print which implementation runs here, and why", ""),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="fused-rect", description="Fused bias + rectifier for convolutional networks.")
+    parser.add_argument("--version", action="version", version=f"fused-rect {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    run = None
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            module = _import(name, command)
+            module.configure(subparser)
+            run = module.run
+    options = parser.parse_args(arguments)
+    assert run is not None  # argparse has exited for a name that is not in the table
+    status: int = run(options)
+    return status
+
+
+def _import(name: str, command: Command):  # type: ignore[no-untyped-def]
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("fused_rect"):
+            raise
+        raise SystemExit(
+            f"fused-rect {name} needs the package {missing.name}: pip install 'fused-rect[{command.extra}]'"
+        ) from missing
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

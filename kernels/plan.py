@@ -1,0 +1,145 @@
+"""From the layout of a dense tensor to tiles: pure Python, no torch, no triton, so every case can be tried.
+
+Dense memory repeats its channel pattern with the period C * inner (inner = the stride of the channel dim: H*W in NCHW,
+1 in channels_last). A row is the period taken often enough to be a whole number of 16-byte vectors. A program owns the
+same columns of several rows, so it looks the channel up once for all of them and every access is 128 bits wide,
+whatever C and H*W are. Where there is one row only (a batch of one), a program owns more columns instead.
+
+A tile is (depth, lanes_down, across, vector): `depth` rows a thread, so that its loads are all under way before the
+first store; `lanes_down` rows and `across` vectors share out the 128 threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+THREADS = 128
+# Vectors a thread: 4 loads of 16 bytes keep 64 KB under way at 1024 threads an SM, above the 38 KB that B200 needs.
+DEPTH = 4
+# Rows are widened up to this often where that wastes fewer lanes.
+WIDEST = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch walks a dense tensor of ``size`` elements."""
+
+    size: int
+    channels: int
+    inner: int
+    vector: int  # elements a vector
+    row: int  # vectors a row
+    copies: int  # channel periods a row
+    rows: int
+    depth: int
+    lanes_down: int
+    across: int
+    lookup: str  # "vector": one channel a vector; "split": at most two; "element": any
+
+    @property
+    def columns(self) -> int:
+        """Tiles across a row."""
+        return -(-self.row // self.across)
+
+    @property
+    def chunks(self) -> int:
+        """Tiles down the rows."""
+        return -(-self.rows // (self.depth * self.lanes_down))
+
+    @property
+    def programs(self) -> int:
+        return self.columns * self.chunks
+
+    @property
+    def vectors(self) -> int:
+        """Whole vectors of the tensor; what remains is the tail."""
+        return self.size // self.vector
+
+    @property
+    def tail(self) -> int:
+        return self.size % self.vector
+
+    @property
+    def segment(self) -> int:
+        """Adjacent vectors whose sums are merged: a power of two that spans at most two channels; 0: none are."""
+        if self.lookup == "element":
+            return 0
+        return min(self.across, 1 << (self.inner // self.vector).bit_length() - 1)
+
+    @property
+    def entries(self) -> int:
+        """Partial sums of one tile row of programs: two a segment, or one a column."""
+        if self.segment:
+            return 2 * self.columns * (self.across // self.segment)
+        return self.columns * self.across * self.vector
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets inside a tile need 64 bits."""
+        reach = self.row + self.across + self.depth * self.lanes_down * self.row
+        return reach * self.vector + self.inner >= 2**31
+
+    @property
+    def waste(self) -> float:
+        """Lanes launched for each lane that has a vector to do."""
+        return self.programs * self.depth * self.lanes_down * self.across / max(self.vectors, 1)
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Non-overlapping and without gaps, in any order of dims."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def channel_layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
+    """(channels, inner) of a dense tensor with its channels in dim 1: the channel of position p is p // inner % channels."""
+    if len(shape) < 2 or shape[1] == 1:
+        return 1, max(math.prod(shape), 1)
+    return shape[1], strides[1]
+
+
+@lru_cache(maxsize=4096)
+def plan(size: int, channels: int, inner: int, itemsize: int) -> Plan:
+    """The tiles for ``size`` elements of ``itemsize`` bytes: the candidate that wastes the fewest lanes."""
+    vector = max(4, 16 // itemsize)  # a Philox counter serves four elements, so float64 takes two accesses a vector
+    period = channels * inner
+    lookup = "element" if inner < vector else "split" if inner % vector else "vector"
+    candidates = [_flat(size, channels, inner, vector, lookup)]
+    least = vector // math.gcd(period, vector)
+    for widening in range(1, WIDEST + 1):
+        copies = least * widening
+        if copies * period * 2 > size:
+            break
+        candidates += _rows(size, channels, inner, vector, copies, lookup)
+    return min(candidates, key=_cost)
+
+
+def _flat(size: int, channels: int, inner: int, vector: int, lookup: str) -> Plan:
+    copies = -(-size // (channels * inner))
+    row = -(-size // vector)
+    return Plan(size, channels, inner, vector, row, copies, 1, 1, 1, DEPTH * THREADS, lookup)
+
+
+def _rows(size: int, channels: int, inner: int, vector: int, copies: int, lookup: str) -> list[Plan]:
+    row = copies * channels * inner // vector
+    rows = -(-size // (row * vector))
+    # With many channels a vector the sums run down the rows: 16 rows of threads, each 8 vectors = 128 bytes across.
+    shapes = [(DEPTH, 16, 8)] if lookup == "element" else [(DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
+    return [Plan(size, channels, inner, vector, row, copies, rows, *shape, lookup) for shape in shapes]
+
+
+def _cost(plan: Plan) -> tuple[float, int]:
+    """Lanes, plus a share for what a thread does once: about 2 vectors' work a lookup, of which flat tiles do 4."""
+    lookups = plan.across / THREADS if plan.lanes_down == 1 else 1
+    if plan.lookup == "element":
+        lookups *= 4
+    elif plan.lookup == "vector":
+        lookups *= 0.5
+    return plan.waste * (1 + 0.2 * lookups), plan.copies

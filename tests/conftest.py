@@ -1,0 +1,37 @@
+"""What all tests share: the implementations to test, and Triton's interpreter where there is no GPU.
+
+A run that sets FUSED_RECT_BACKEND tests that implementation alone, on whatever Triton driver is active.
+"""
+
+import os
+
+import pytest
+
+FORCED = os.environ.get("FUSED_RECT_BACKEND", "")
+if FORCED != "triton":
+    # Before anything imports a kernel: @triton.jit reads it when it decorates.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+import fused_rect as fr
+
+settings.register_profile("fused_rect", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("fused_rect")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+PATHS = (FORCED,) if FORCED else ("eager", "native", "triton")
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """The name of one implementation, forced for the test; one that is not there is skipped with its reason."""
+    if request.param == "native":
+        from fused_rect.kernels import cpu
+
+        if not cpu.available():
+            pytest.skip(f"no native path: {cpu.reason()}")
+    with fr.backend(request.param):
+        yield request.param
