@@ -27,6 +27,8 @@ from torch import Tensor, nn
 import fused_rect as fr
 from fused_rect import fusion
 
+from .memory import peak_live_bytes
+
 # float64: one rounding of each sum apart. float32: gradients of a deep net, relative to each tensor's largest entry.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
@@ -165,19 +167,6 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest entry."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-
-
-def peak_live_bytes(run: Callable[[], Any]) -> int:
-    """The peak of allocated minus freed bytes, from the profiler's events (resident memory follows the allocator)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    live = peak = 0
-    for _, size in events:
-        live += size
-        peak = max(peak, live)
-    return peak
 
 
 def compare(name: str, dtype: torch.dtype, how: str) -> Result:

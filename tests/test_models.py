@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_rect.perf import models
+from fused_rect.perf.memory import peak_live_bytes
 
 # How many sites each has; a lower number means that fuse() lost some.
 SITES = {"RRDBNet": 26, "Compact": 5, "CUGAN UNet": 6, "DnCNN": 4, "DRUNet": 7, "VGG": 5, "HiFi-GAN": 12}
@@ -43,7 +44,7 @@ def test_peak_live_bytes_sees_what_lives_at_once():
         c = torch.empty(1 << 20, dtype=torch.uint8)
         return b, c
 
-    peak = models.peak_live_bytes(step)
+    peak = peak_live_bytes(step)
     assert 2 << 20 <= peak < (2 << 20) + 4096
 
 
