@@ -6,6 +6,7 @@ randomness="same" that is wrong. Its examples are run one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from . import ops
 
+Dims = tuple[int | None, ...]
 
-def _rectify(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+
+def _rectify(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
     rectifier = args[4]
     if rectifier.startswith("rrelu"):
         return _one_by_one(ops.rectify, info, in_dims, args, outputs=1)
@@ -22,7 +25,7 @@ def _rectify(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
     return unfold(ops.rectify(input, *parameters, *args[3:])), 0
 
 
-def _rectify_in_place(info: Any, in_dims: tuple, input: Tensor, *args: Any) -> tuple[Any, Any]:
+def _rectify_in_place(info: Any, in_dims: Dims, input: Tensor, *args: Any) -> tuple[Any, Any]:
     if in_dims[0] is None:
         raise RuntimeError(
             "vmap: an in-place rectifier cannot write a per-example result into an input that is not mapped; "
@@ -33,7 +36,7 @@ def _rectify_in_place(info: Any, in_dims: tuple, input: Tensor, *args: Any) -> t
     return None, None
 
 
-def _rectify_backward(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+def _rectify_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
     if args[5].startswith("rrelu"):
         return _one_by_one(ops.rectify_backward, info, in_dims, args, outputs=3)
     size = info.batch_size
@@ -58,7 +61,9 @@ def _per_channel(weight: Tensor, dim: int | None) -> bool:
     return weight.numel() // (1 if dim is None else weight.shape[dim]) > 1
 
 
-def _fold(size: int, tensors: tuple, dims: tuple, parameters: tuple, parameter_dims: tuple):
+def _fold(
+    size: int, tensors: tuple[Tensor, ...], dims: Dims, parameters: tuple[Tensor | None, ...], parameter_dims: Dims
+) -> tuple[list[Tensor], list[Tensor | None], Callable[[Tensor], Tensor], int]:
     """Examples as extra channels: (B, N, C, ...) -> (N, B * C, ...), parameters (B, C) -> (B * C,)."""
     mapped = [t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) for t, d in zip(tensors, dims)]
     shape = mapped[0].shape[1:]
@@ -74,12 +79,12 @@ def _fold(size: int, tensors: tuple, dims: tuple, parameters: tuple, parameter_d
         return rows.reshape(size, -1).expand(size, channels).reshape(-1)
 
     def unfold(out: Tensor) -> Tensor:
-        return out.unflatten(1, (size, channels)).transpose(0, 1).reshape(size, *shape)
+        return out.view(out.shape[0], size, channels, *out.shape[2:]).transpose(0, 1).reshape(size, *shape)
 
     return folded, [spread(p, d) for p, d in zip(parameters, parameter_dims)], unfold, channels
 
 
-def _one_by_one(op: Any, info: Any, in_dims: tuple, args: tuple, outputs: int) -> tuple[Any, Any]:
+def _one_by_one(op: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], outputs: int) -> tuple[Any, Any]:
     def example(i: int) -> Any:
         return op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
 
@@ -90,8 +95,7 @@ def _one_by_one(op: Any, info: Any, in_dims: tuple, args: tuple, outputs: int) -
 
 
 def register(lib: torch.library.Library) -> None:
-    for name, rule in (
-        ("rectify", _rectify), ("rectify_", _rectify_in_place), ("rectify_backward", _rectify_backward)
-    ):
+    rules = {"rectify": _rectify, "rectify_": _rectify_in_place, "rectify_backward": _rectify_backward}
+    for name, rule in rules.items():
         torch.library.register_vmap(f"fused_rect::{name}", rule, lib=lib)
 

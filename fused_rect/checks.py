@@ -19,7 +19,8 @@ def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tenso
     if bias is not None:
         if input.dim() < 2:
             raise RuntimeError(
-                f"input must have its channels in dim 1 for a bias, got shape {tuple(input.shape)}; add a batch dimension"
+                "input must have its channels in dim 1 for a bias, "
+                f"got shape {tuple(input.shape)}; add a batch dimension"
             )
         if bias.dim() != 1 or bias.shape[0] != input.shape[1]:
             raise RuntimeError(
@@ -40,13 +41,13 @@ def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tenso
 def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.dtype != input.dtype and not (input.dtype in HALF and tensor.dtype == torch.float32):
         raise RuntimeError(
-            f"{name} must have the dtype of input ({input.dtype}) or float32 beside a 16-bit input, got {tensor.dtype}; "
-            f"convert it with {name}.to(input.dtype)"
+            f"{name} must have the dtype of input ({input.dtype}) or float32 beside a 16-bit input, "
+            f"got {tensor.dtype}; convert it with {name}.to(input.dtype)"
         )
     if tensor.device != input.device:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} and input on {input.device}; "
-            f"move it with {name}.to(input.device)"
+            "Expected all tensors to be on the same device, "
+            f"but {name} is on {tensor.device} and input on {input.device}; move it with {name}.to(input.device)"
         )
 
 
@@ -56,7 +57,8 @@ def _check_weight(weight: Tensor | None, input: Tensor) -> None:
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.dim() > 1 or weight.numel() not in (1, channels):
         raise RuntimeError(
-            f"weight must hold 1 or {channels} values, one for each channel of input (dim 1), got shape {tuple(weight.shape)}"
+            f"weight must hold 1 or {channels} values, one for each channel of input (dim 1), "
+            f"got shape {tuple(weight.shape)}"
         )
     _check_companion("weight", weight, input)
 
@@ -64,7 +66,9 @@ def _check_weight(weight: Tensor | None, input: Tensor) -> None:
 def _check_seed(seed: Tensor | None, input: Tensor) -> None:
     if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
         got = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
-        raise RuntimeError(f"seed must be an int64 tensor of shape (1,), got {got}; draw one with fused_rect.random.new_seed")
+        raise RuntimeError(
+            f"seed must be an int64 tensor of shape (1,), got {got}; draw one with fused_rect.random.new_seed"
+        )
     if seed.device != input.device:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but seed is on {seed.device} and input on {input.device}; "

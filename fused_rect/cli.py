@@ -1,6 +1,7 @@
 """The `fused-rect` command: one table of subcommands, each a module that is imported only when it is the one asked for.
 
-A subcommand's module has `configure(parser)`, which adds its arguments, and `run(options)`, which returns the exit status.
+A subcommand's module has `configure(parser)`, which adds its arguments, and `run(options)`, which returns the exit
+status.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Command:
 COMMANDS = {
     "demo": Command("fused_rect.demo", "train a small network on real digits, fused and eager, and compare", "demo"),
     "profile": Command("fused_rect.perf.cli", "measure what fusing brings on this machine", "perf"),
-    "inspect": Command("fused_rect.perf.inspection", "compile the kernels for real targets and print their figures", "perf"),
+    "inspect": Command("fused_rect.perf.inspection", "compile the kernels for GPUs and print their figures", "perf"),
     "study": Command("fused_rect.study.cli", "repeat the evaluation of Xu et al. 2015", "study"),
     "env": Command("fused_rect.environment", "print which implementation runs here, and why", ""),
 }
@@ -33,7 +34,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = next((a for a in arguments if not a.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="fused-rect", description="Fused bias + rectifier for convolutional networks.")
+    parser = argparse.ArgumentParser("fused-rect", description="Fused bias + rectifier for convolutional networks.")
     parser.add_argument("--version", action="version", version=f"fused-rect {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     run = None

@@ -11,12 +11,15 @@ input. They are written in torch operations and the op itself, so every higher o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .reference import add_bias, along_channels
 
-Saved = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
+Maybe = Tensor | None
+Saved = tuple[Tensor, Maybe, Maybe, Maybe]
 Rule = tuple[str, float, float]
 
 
@@ -31,13 +34,15 @@ def forward_jvp(
     return tangent
 
 
-def double_backward(saved_tensors, rule, need, cotangents, needs) -> list[Tensor | None]:
+def double_backward(
+    saved_tensors: Any, rule: Rule, need: tuple[bool, bool], cotangents: tuple[Maybe, ...], needs: tuple[bool, ...]
+) -> list[Maybe]:
     """Gradients with respect to grad, saved, bias and weight of <cotangents, (grad_input, grad_bias, grad_weight)>."""
     grad, saved, bias, weight, seed = saved_tensors
     of_input, of_bias, of_weight = cotangents
     of_bias = of_bias if need[0] else None
     of_weight = of_weight if need[1] else None
-    result: list[Tensor | None] = [None, None, None, None]
+    result: list[Maybe] = [None, None, None, None]
     outer = None if of_input is None and of_bias is None else _plus_channels(of_input, of_bias, saved)
     if needs[0]:
         terms = [] if outer is None else [_scale(outer, (saved, bias, weight, seed), rule)]
@@ -56,7 +61,9 @@ def double_backward(saved_tensors, rule, need, cotangents, needs) -> list[Tensor
     return result
 
 
-def backward_jvp(saved_tensors, rule, need, tangents) -> tuple[Tensor, Tensor, Tensor]:
+def backward_jvp(
+    saved_tensors: Any, rule: Rule, need: tuple[bool, bool], tangents: tuple[Maybe, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tangents of (grad_input, grad_bias, grad_weight)."""
     grad, saved, bias, weight, seed = saved_tensors
     grad_t, saved_t, bias_t, weight_t = tangents

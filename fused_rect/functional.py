@@ -1,7 +1,7 @@
-"""Bias and rectifier in one pass, alone (`bias_*`) or behind a convolution or a linear map (`conv2d_*`, `linear_*`, ...).
+"""Bias and rectifier in one pass, alone (`bias_*`) or behind a convolution or a linear map (`conv2d_*`, `linear_*`).
 
 Shapes: `input` is (N, C, ...) or (N, C), the channels in dim 1; `bias` (C,) or None; PReLU's `weight` (1,) or (C,).
-Dtypes: float16, bfloat16, float32, float64; the arithmetic is float32 (float64 for float64) with one rounding at the end.
+Dtypes: float16, bfloat16, float32, float64; the arithmetic is float32 (float64 for float64), rounded once at the end.
 Under autocast a float32 bias beside a 16-bit input is fine; elsewhere the dtypes must match.
 Any dense layout is kept as it lies (channels_last in, channels_last out); other strides are made contiguous once.
 All raise RuntimeError, as torch's twins do, for dtypes, devices or lengths that do not fit, before anything is written.
@@ -147,7 +147,9 @@ def _rectify_(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: T
 def _check_dtypes(input: Tensor, *parameters: Tensor | None) -> None:
     """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
     for name, parameter in zip(("bias", "weight"), parameters):
-        if parameter is not None and parameter.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if parameter is None or parameter.dtype == input.dtype:
+            continue
+        if not torch.is_autocast_enabled(input.device.type):
             raise RuntimeError(
                 f"{name} must have the dtype of input ({input.dtype}), got {parameter.dtype}; "
                 f"convert it with {name}.to(input.dtype), or run under torch.autocast"
@@ -178,7 +180,12 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
         return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, None, _RELU))
 
     def leaky_relu(
-        input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, negative_slope: float = 0.01, **kwargs: Any
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        negative_slope: float = 0.01,
+        **kwargs: Any,
     ) -> Tensor:
         rule = _leaky(negative_slope)
         return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, None, rule))

@@ -98,7 +98,8 @@ def map_then(linear_map: nn.Module, input: Tensor, then: Any, output_size: list[
         z = _transpose_without_bias(linear_map, rank, batched, output_size)
     else:
         z = linear_map._conv_forward(batched, linear_map.weight, None)  # type: ignore[operator]
-    return then(z).squeeze(0) if unbatched else then(z)
+    out: Tensor = then(z)
+    return out.squeeze(0) if unbatched else out
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -111,7 +112,7 @@ def _transpose_without_bias(m: Any, rank: int, input: Tensor, output_size: list[
         input, output_size, list(m.stride), list(m.padding), list(m.kernel_size), rank, list(m.dilation)
     )
     function = _TRANSPOSED[rank]
-    return function(input, m.weight, None, m.stride, m.padding, output_padding, m.groups, m.dilation)  # type: ignore[operator, no-any-return]
+    return function(input, m.weight, None, m.stride, m.padding, output_padding, m.groups, m.dilation)
 
 
 class _ReLU(Fused):

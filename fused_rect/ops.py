@@ -3,18 +3,19 @@
 Layers and functionals call the ops; `torch.compile`, `torch.export` and functorch see one opaque node each. Autograd
 is attached at the dispatcher's Autograd key by a Function whose forward re-enters the op below autograd.
 
-`rectifier` is "relu", "leaky_relu", "prelu", "rrelu" or "rrelu_divisor"; `lower` and `upper` are its bounds (both are the
-slope for "leaky_relu"). `seed` is an int64 tensor (1,) for the random ones.
+`rectifier` is "relu", "leaky_relu", "prelu", "rrelu" or "rrelu_divisor"; `lower` and `upper` are its bounds (both are
+the slope for "leaky_relu"). `seed` is an int64 tensor (1,) for the random ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -22,6 +23,9 @@ from . import backends
 from .checks import check, check_in_place, dense, laid_out_as
 from .derivatives import backward_jvp, double_backward, forward_jvp
 from .rectifiers import saves_output
+
+Maybe = Tensor | None
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 _RULE = "str rectifier, float lower, float upper"
 _PARAMETERS = f"Tensor? bias, Tensor? weight, Tensor? seed, {_RULE}"
@@ -43,7 +47,9 @@ rectify_backward = torch.ops.fused_rect.rectify_backward.default
 # ---- below autograd: what runs, and what the compiler believes runs ----
 
 
-def _rectify(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify(
+    input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
+) -> Tensor:
     check(input, bias, weight, seed, rectifier)
     source = dense(input)
     out = torch.empty_like(source) if source is input else source
@@ -52,12 +58,16 @@ def _rectify(input, bias, weight, seed, rectifier, lower, upper):
     return out
 
 
-def _rectify_fake(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify_fake(
+    input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
+) -> Tensor:
     check(input, bias, weight, seed, rectifier)
     return torch.empty_like(dense(input))
 
 
-def _rectify_in_place(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify_in_place(
+    input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
+) -> None:
     check(input, bias, weight, seed, rectifier)
     check_in_place(input)
     if input.numel():
@@ -68,11 +78,16 @@ def _rectify_in_place(input, bias, weight, seed, rectifier, lower, upper):
     torch.autograd.graph.increment_version(input)
 
 
-def _rectify_in_place_fake(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify_in_place_fake(
+    input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
+) -> None:
     check(input, bias, weight, seed, rectifier)
 
 
-def _rectify_backward(grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
+def _rectify_backward(
+    grad: Tensor, saved: Tensor, bias: Maybe, weight: Maybe, seed: Maybe,
+    rectifier: str, lower: float, upper: float, need_bias: bool, need_weight: bool,
+) -> Gradients:  # fmt: skip
     check(saved, bias, weight, seed, rectifier)
     saved = dense(saved)
     grad = laid_out_as(grad, saved)
@@ -89,19 +104,26 @@ def _rectify_backward(grad, saved, bias, weight, seed, rectifier, lower, upper, 
     )
 
 
-def _rectify_backward_fake(grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
+def _rectify_backward_fake(
+    grad: Tensor, saved: Tensor, bias: Maybe, weight: Maybe, seed: Maybe,
+    rectifier: str, lower: float, upper: float, need_bias: bool, need_weight: bool,
+) -> Gradients:  # fmt: skip
     return _gradients_fake(torch.empty_like(dense(saved)), bias, weight, need_bias, need_weight, torch.empty)
 
 
-def _gradients_fake(grad_input, bias, weight, need_bias, need_weight, new):
+def _gradients_fake(
+    grad_input: Tensor, bias: Maybe, weight: Maybe, need_bias: bool, need_weight: bool, new: Callable[..., Tensor]
+) -> Gradients:
     """Gradients of the right shapes; an absent one is an empty tensor, since an op cannot return None."""
-    channels = bias.shape if bias is not None else (grad_input.shape[1] if grad_input.dim() > 1 else 1,)
+    channels = tuple(bias.shape) if bias is not None else (grad_input.shape[1] if grad_input.dim() > 1 else 1,)
     bias_dtype = grad_input.dtype if bias is None else bias.dtype
     device = grad_input.device
     return (
         grad_input,
         new(channels, dtype=bias_dtype, device=device) if need_bias else grad_input.new_empty(0),
-        new(weight.shape, dtype=weight.dtype, device=device) if need_weight else grad_input.new_empty(0),
+        new(weight.shape, dtype=weight.dtype, device=device)
+        if need_weight and weight is not None
+        else grad_input.new_empty(0),
     )
 
 
@@ -124,7 +146,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+def _apply(function: Any, *args: Any) -> Any:
     transforms = torch._C._are_functorch_transforms_active()
     with enable_single_level_autograd_function() if transforms else contextlib.nullcontext():
         return function.apply(*args)
@@ -132,48 +154,48 @@ def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
 
 class _Rectify(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, input, bias, weight, seed, rectifier, lower, upper):
-        out = _below_autograd(rectify, input, bias, weight, seed, rectifier, lower, upper)
-        _save(ctx, out if saves_output(rectifier, lower) else input, bias, weight, seed, rectifier, lower, upper)
-        return out
+    def forward(ctx: Any, input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> Tensor:
+        out = _below_autograd(rectify, input, bias, weight, seed, *rule)
+        _save(ctx, out if saves_output(*rule[:2]) else input, bias, weight, seed, *rule)
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
         return _backward(ctx, grad)
 
     @staticmethod
-    def jvp(ctx, input_t, bias_t, weight_t, *_):
+    def jvp(ctx: Any, input_t: Maybe, bias_t: Maybe, weight_t: Maybe, *_: None) -> Tensor:
         return forward_jvp(ctx.saved_tensors, ctx.rule, input_t, bias_t, weight_t)
 
 
 class _RectifyInPlace(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, input, bias, weight, seed, rectifier, lower, upper):
+    def forward(ctx: Any, input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> Tensor:
         # Where the sign of the output does not tell the side, the conv output has to outlive its overwriting.
-        saved = input if saves_output(rectifier, lower) else input.clone()
-        _below_autograd(rectify_, input, bias, weight, seed, rectifier, lower, upper)
+        saved = input if saves_output(*rule[:2]) else input.clone()
+        _below_autograd(rectify_, input, bias, weight, seed, *rule)
         ctx.mark_dirty(input)
-        _save(ctx, saved, bias, weight, seed, rectifier, lower, upper)
+        _save(ctx, saved, bias, weight, seed, *rule)
         return input
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
         return _backward(ctx, grad)
 
     @staticmethod
-    def jvp(ctx, input_t, bias_t, weight_t, *_):
+    def jvp(ctx: Any, input_t: Maybe, bias_t: Maybe, weight_t: Maybe, *_: None) -> Tensor:
         tangent = forward_jvp(ctx.saved_tensors, ctx.rule, input_t, bias_t, weight_t)
         return tangent if input_t is None else input_t.copy_(tangent)
 
 
-def _save(ctx: Any, saved: Tensor, bias, weight, seed, *rule: Any) -> None:
+def _save(ctx: Any, saved: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> None:
     tensors = (saved, bias, weight, seed)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.rule = rule
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
     grad_input, grad_bias, grad_weight = rectify_backward(grad, *ctx.saved_tensors, *ctx.rule, need_bias, need_weight)
     return (
@@ -189,37 +211,38 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 class _RectifyBackward(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):
-        args = (grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight)
-        out = _below_autograd(rectify_backward, *args)
-        tensors = (grad, saved, bias, weight, seed)
+    def forward(ctx: Any, *args: Any) -> Gradients:
+        out: Gradients = _below_autograd(rectify_backward, *args)
+        tensors, ctx.rule, ctx.need = args[:5], args[5:8], args[8:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.rule, ctx.need = (rectifier, lower, upper), (need_bias, need_weight)
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx: Any, *cotangents: Maybe) -> tuple[Maybe, ...]:
         gradients = double_backward(ctx.saved_tensors, ctx.rule, ctx.need, cotangents, ctx.needs_input_grad)
         return (*gradients, None, None, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Maybe) -> Gradients:
         return backward_jvp(ctx.saved_tensors, ctx.rule, ctx.need, tangents[:4])
 
 
-def _rectify_autograd(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify_autograd(input: Tensor, bias: Maybe, weight: Maybe, *rest: Any) -> Any:
     if _no_derivative_wanted(input, bias, weight):
         with torch._C._AutoDispatchBelowAutograd():
-            return rectify(input, bias, weight, seed, rectifier, lower, upper)
-    return _apply(_Rectify, input, bias, weight, seed, rectifier, lower, upper)
+            return rectify(input, bias, weight, *rest)
+    return _apply(_Rectify, input, bias, weight, *rest)
 
 
-def _rectify_in_place_autograd(input, bias, weight, seed, rectifier, lower, upper):
+def _rectify_in_place_autograd(
+    input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
+) -> None:
     if _no_derivative_wanted(input, bias, weight):
         with torch._C._AutoDispatchBelowAutograd():
-            return rectify_(input, bias, weight, seed, rectifier, lower, upper)
+            rectify_(input, bias, weight, seed, rectifier, lower, upper)
+            return
     if torch.is_grad_enabled() and input.is_leaf and input.requires_grad:
         raise RuntimeError(
             "input: a leaf Variable that requires grad is being used in an in-place operation; "
@@ -230,7 +253,7 @@ def _rectify_in_place_autograd(input, bias, weight, seed, rectifier, lower, uppe
     _apply(_RectifyInPlace, input, bias, weight, seed, rectifier, lower, upper)
 
 
-def _rectify_backward_autograd(grad, saved, bias, weight, *rest):
+def _rectify_backward_autograd(grad: Tensor, saved: Tensor, bias: Maybe, weight: Maybe, *rest: Any) -> Any:
     if _no_derivative_wanted(grad, saved, bias, weight):
         with torch._C._AutoDispatchBelowAutograd():
             return rectify_backward(grad, saved, bias, weight, *rest)

@@ -34,4 +34,5 @@ def slopes(
     narrower dtypes use. Returns a tensor of ``shape`` on the seed's device.
     """
     rule = rectifiers.rrelu(lower, upper, law)
-    return reference.slopes(seed, torch.empty(tuple(shape), dtype=dtype, device=seed.device), rule.lower, rule.upper, law)
+    like = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
+    return reference.slopes(seed, like, rule.lower, rule.upper, law)

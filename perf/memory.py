@@ -1,4 +1,4 @@
-"""Peak live bytes of a call, from the profiler's allocation events; resident memory would follow the allocator instead."""
+"""Peak live bytes of a call, from the profiler's allocation events: resident memory would follow the allocator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def peak_live_bytes(run: Callable[[], Any]) -> int:
     """The peak, in bytes, of what ``run`` allocated on the CPU and had not freed yet."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profile.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     live = peak = 0
     for _, size in events:
