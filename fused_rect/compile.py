@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -35,8 +35,7 @@ def backend(
     options = dict(options or {})
     rewrite_graph_module(gm, _policy(options.pop(_SITES, "auto")))
     patches = {**(list_mode_options(mode) if mode else {}), **options}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
-    return compiled
+    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
 
 
 def _policy(sites: str) -> Policy | None:

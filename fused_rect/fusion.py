@@ -58,7 +58,7 @@ def unfuse(model: nn.Module) -> nn.Module:
             module.__class__ = _original(module)
             module.__dict__.pop(_TRACED, None)
         elif _GRAPH in module.__dict__:
-            module.graph = module.__dict__.pop(_GRAPH)  # type: ignore[assignment]
+            module.graph = module.__dict__.pop(_GRAPH)
     return model
 
 
@@ -124,7 +124,7 @@ def _fused_class(original: Any, fold: bool) -> Any:
     return type(original)(original.__name__, (original,), namespace)
 
 
-def _reduce(self: Any, protocol: Any) -> tuple:
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     """Pickled and copied by the original class, which the other side can import, and fused again there."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _blank, (self._fused_rect_original, self._fused_rect_fold), state

@@ -109,7 +109,9 @@ def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> 
     return isinstance(activation, nn.PReLU) and activation.weight.numel() > 1 and input.dim() != rank
 
 
-def call_function_pair(function: Any, rest: tuple, options: dict, linear_map: Any, *args: Any, **kwargs: Any) -> Any:
+def call_function_pair(
+    function: Any, rest: tuple[Any, ...], options: dict[str, Any], linear_map: Any, *args: Any, **kwargs: Any
+) -> Any:
     """function(linear_map(*args, **kwargs), *rest, **options); fused where ``function`` is a functional rectifier."""
     rectifier = _functional_rule(function, rest, options)
     if (
@@ -132,7 +134,7 @@ def call_function_pair(function: Any, rest: tuple, options: dict, linear_map: An
 _PROBE = nn.ReLU()  # a rectifier without hooks: leaves the linear map's own obstacles
 
 
-def _functional_rule(function: Any, rest: tuple, options: dict) -> functional.Rule | None:
+def _functional_rule(function: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> functional.Rule | None:
     """The rule of F.relu or F.leaky_relu as called; others (random or with a tensor of slopes) are left as written."""
     if function in (nn.functional.relu, nn.functional.relu_, torch.relu):
         return ("relu", 0.0, 0.0)
@@ -142,7 +144,7 @@ def _functional_rule(function: Any, rest: tuple, options: dict) -> functional.Ru
     return None
 
 
-def call_normalized(activation: nn.Module, norm: Any, linear_map: nn.Module, input: Any) -> Any:
+def call_normalized(activation: nn.Module, norm: Any, linear_map: Any, input: Any) -> Any:
     """activation(norm(linear_map(input))); an evaluating BatchNorm is folded into the convolution, anew at each call.
 
     The fold is computed, never stored: parameters, statistics and gradients stay those of the three modules.
@@ -158,7 +160,7 @@ def call_normalized(activation: nn.Module, norm: Any, linear_map: nn.Module, inp
         or linear_map_name(linear_map) not in ("conv1d", "conv2d", "conv3d")
         or torch.is_autocast_enabled(input.device.type)
         or _globally_hooked()
-        or input.dim() != len(linear_map.kernel_size) + 2  # type: ignore[arg-type]
+        or input.dim() != len(linear_map.kernel_size) + 2
     ):
         return activation(norm(linear_map(input)))
     for hook in linear_map._forward_pre_hooks.values():
@@ -169,7 +171,7 @@ def call_normalized(activation: nn.Module, norm: Any, linear_map: nn.Module, inp
     bias = -norm.running_mean * scale if linear_map.bias is None else (linear_map.bias - norm.running_mean) * scale
     if norm.bias is not None:
         bias = bias + norm.bias
-    kernel = linear_map.weight * scale.view(-1, *[1] * (linear_map.weight.dim() - 1))  # type: ignore[operator, union-attr]
+    kernel = linear_map.weight * scale.view(-1, *[1] * (linear_map.weight.dim() - 1))
     slope, seed, rule = epilogue_arguments(activation, input)
-    z = linear_map._conv_forward(input, kernel, None)  # type: ignore[operator]
+    z = linear_map._conv_forward(input, kernel, None)
     return functional.epilogue(z, bias, slope, seed, rule)

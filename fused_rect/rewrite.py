@@ -75,7 +75,15 @@ def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Polic
     return sites
 
 
-def _visit(graph, node, producer, linear_map, rectifier, owner, policy) -> Site:
+def _visit(
+    graph: fx.Graph,
+    node: fx.Node,
+    producer: fx.Node,
+    linear_map: str,
+    rectifier: str,
+    owner: torch.nn.Module | None,
+    policy: Policy | None,
+) -> Site:
     where = str(producer.target) if producer.op == "call_module" else producer.name
     reason = _obstacle(node, producer, rectifier, owner) or (
         policy(_rule(node, rectifier), producer) if policy else None
@@ -184,7 +192,7 @@ def _fuse_modules(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> None:
 
 
 def _put(graph: fx.Graph, fused: fx.Node, node: fx.Node, producer: fx.Node) -> None:
-    fused.meta = {key: value for key, value in node.meta.items()}
+    fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
     graph.erase_node(producer)

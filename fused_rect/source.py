@@ -97,7 +97,7 @@ def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> Calla
     return functools.update_wrapper(function, forward)
 
 
-def call(outer: Any, inner: Any, rest: tuple, options: dict, *args: Any, **kwargs: Any) -> Any:
+def call(outer: Any, inner: Any, rest: tuple[Any, ...], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """outer(inner(*args, **kwargs), *rest, **options)"""
     if isinstance(outer, nn.Module):
         if rest or options:

@@ -43,7 +43,7 @@ class Traced:
         self.function: Callable[..., Any] | None = None
         self.frozen: dict[str, Any] = {}
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Traced, ()
 
     def fill(self, module: nn.Module, original: type[nn.Module]) -> list[Site]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 from fused_rect import fusion
+from fused_rect.rewrite import Site
 
 from .memory import peak_live_bytes
 
@@ -86,25 +87,33 @@ def bare(package: str) -> None:
 
 
 @contextlib.contextmanager
-def without_torchvision() -> Iterator[None]:
-    """timm imports torchvision for one class that it compares types with; where it is missing, that name alone."""
-    if importlib.util.find_spec("torchvision") is not None:
+def without_torchvision(*classes: str) -> Iterator[None]:
+    """What is imported here finds no torchvision, or one that has ``classes`` of torchvision.ops.misc and nothing else.
+
+    None of these models runs it, and its wheel raises at import beside a torch that it was not built with.
+    """
+    if "torchvision" in sys.modules:
         yield
         return
-    names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules[names[-1]].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})  # type: ignore[attr-defined]
+    misc = types.ModuleType("torchvision.ops.misc")
+    vars(misc).update({name: type(name, (nn.Module,), {}) for name in classes})
+    hidden: dict[str, Any] = {"torchvision": None}
+    if classes:
+        hidden = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops")} | {misc.__name__: misc}
+    sys.modules.update(hidden)
     try:
         yield
     finally:
-        for name in names:
+        for name in hidden:
             del sys.modules[name]
 
 
-def spandrel(architecture: str, module: str, name: str) -> Any:
+def spandrel(architecture: str, module: str, name: str) -> Callable[..., nn.Module]:
     bare(f"spandrel.architectures.{architecture}")
-    return getattr(importlib.import_module(f"spandrel.architectures.{architecture}.__arch.{module}"), name)
+    found: Callable[..., nn.Module] = getattr(
+        importlib.import_module(f"spandrel.architectures.{architecture}.__arch.{module}"), name
+    )
+    return found
 
 
 def rrdb() -> nn.Module:
@@ -133,15 +142,17 @@ def vgg() -> nn.Module:
     constants = importlib.import_module("timm.data.constants")
     vars(sys.modules["timm.data"]).update({k: v for k, v in vars(constants).items() if k.isupper()})
     bare("timm.models")
-    with without_torchvision():
-        module = importlib.import_module("timm.models.vgg")
-    return module.VGG([8, "M", 16, "M", 16, 16, "M"], num_classes=10, drop_rate=0.0)  # type: ignore[no-any-return]
+    with without_torchvision("FrozenBatchNorm2d"):
+        module: Any = importlib.import_module("timm.models.vgg")
+    model: nn.Module = module.VGG([8, "M", 16, "M", 16, 16, "M"], num_classes=10, drop_rate=0.0)
+    return model
 
 
 def hifigan() -> nn.Module:
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    return SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16, normalize_before=False))
+    with without_torchvision():
+        speecht5: Any = importlib.import_module("transformers.models.speecht5")
+        made: Callable[..., nn.Module] = speecht5.SpeechT5HifiGan
+    return made(speecht5.SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16, normalize_before=False))
 
 
 MODELS = {
@@ -191,7 +202,7 @@ def compare(name: str, dtype: torch.dtype, how: str) -> Result:
     )
 
 
-def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[fusion.Site]]:
+def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[Site]]:
     if how == "fuse":
         return fr.fuse(model, fold_batchnorm=fold), fusion.report(model, fold_batchnorm=fold)
     from fused_rect import compile as fused_compile

@@ -67,7 +67,7 @@ def test_rrelu_trains_under_fullgraph():
     run = compiled(model, options=ALL)
     y, z = run(x), conv(x)
     slopes = (y / z)[z < 0]
-    assert 0.1 <= slopes.min() and slopes.max() <= 0.4 and abs(slopes.mean() - 0.25) < 0.01 and slopes.std() > 0.08
+    assert slopes.min() >= 0.1 and slopes.max() <= 0.4 and abs(slopes.mean() - 0.25) < 0.01 and slopes.std() > 0.08
     torch.testing.assert_close(y[z > 0], z[z > 0])
     (grad,) = torch.autograd.grad(y.sum(), conv.bias)
     torch.testing.assert_close(grad, (y / z).sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
