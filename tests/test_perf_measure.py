@@ -1,0 +1,91 @@
+"""The measuring core: intervals that hold their coverage, rounds that interleave, processes that are fresh."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fused_rect.perf import measure as core
+from fused_rect.perf.measure import Case, Interval, interval, measure, verdict
+
+
+def build_sleepers(short, long):
+    """A case of known times; prints, as a user's model may, and counts the order of its calls."""
+    print("a model that prints")
+    return {"short": lambda: time.sleep(short), "long": lambda: time.sleep(long), "other": "not installed"}
+
+
+def build_failing():
+    raise ValueError("no such layer")
+
+
+def build_facts():
+    a = torch.ones(1 << 16)
+    facts = {"pid": os.getpid(), "threads": torch.get_num_threads()}
+    return {"clone": lambda: a.clone(), **{name: str(value) for name, value in facts.items()}}
+
+
+def test_known_times_come_back_with_their_ratio():
+    case = Case("sleep", f"{__file__}:build_sleepers", {"short": 2e-3, "long": 6e-3})
+    heard = []
+    (samples,) = measure([case], processes=2, rounds=3, least=4e-3, progress=heard.append)
+    assert heard == ["sleep", "sleep"]
+    assert samples.seconds["short"].shape == (2, 3)
+    assert 2e-3 <= samples.time("short").value < 4e-3
+    assert 2 < samples.ratio("long", "short").value < 3.2
+    assert samples.absent == {"other": "not installed"}
+
+
+def test_each_process_is_fresh_and_threads_and_bytes_are_as_asked():
+    case = Case("facts", f"{__file__}:build_facts", threads=1, memory=True)
+    (samples,) = measure([case], processes=1, rounds=2, least=1e-4)
+    assert samples.absent["threads"] == "1"
+    assert int(samples.absent["pid"]) != os.getpid()
+    assert samples.live_bytes == {"clone": 4 << 16}
+
+
+def test_a_failing_process_says_why():
+    with pytest.raises(RuntimeError, match="ValueError: no such layer"):
+        measure([Case("bad", f"{__file__}:build_failing")], processes=1, rounds=1)
+
+
+@pytest.mark.parametrize("between, within", [(0.0, 0.03), (0.02, 0.03), (0.02, 0.0)])
+def test_interval_covers_in_95_of_100_runs(between, within):
+    """Three processes, heavy-tailed rounds: the hardest case that a default run may meet."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        logs = rng.normal(size=(3, 1)) * between + rng.standard_t(3, size=(3, 7)) * within
+        found = interval(np.exp(logs))
+        hits += found.low <= 1 <= found.high
+    assert hits >= 0.92 * 400  # 2.8 standard deviations below 95 %
+
+
+def test_interval_of_one_process_uses_its_rounds_and_of_one_sample_is_unbounded():
+    assert interval(np.array([[1.0, 2.0, 4.0]])).degrees == 2
+    assert interval(np.array([[1.0, 2.0, 4.0]])).value == pytest.approx(2.0)
+    alone = interval(np.array([[3.0]]))
+    assert (alone.low, alone.high) == (0.0, np.inf) and verdict(alone) == "indistinguishable"
+
+
+def test_pairing_removes_what_a_round_does_to_both():
+    drift = np.exp(np.random.default_rng(1).normal(size=(3, 9)))
+    samples = core.Samples({"a": 2 * drift, "b": drift}, {}, {})
+    assert samples.ratio("a", "b").low == pytest.approx(2) == samples.ratio("a", "b").high
+    assert samples.time("a").high > 1.5 * samples.time("a").low
+
+
+def test_verdict():
+    assert verdict(Interval(1.2, 1.1, 1.3, 2)) == "faster"
+    assert verdict(Interval(0.8, 0.7, 0.9, 2)) == "slower"
+    assert verdict(Interval(1.1, 0.99, 1.2, 2)) == "indistinguishable"
+
+
+def test_every_name_takes_every_place_in_the_round():
+    names = ["a", "b", "c"]
+    orders = [core._rotated(names, by) for by in range(6)]
+    for place in range(3):
+        assert {order[place] for order in orders} == set(names)
+    assert len({tuple(order) for order in orders}) == 6
