@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up .venv on first use and do nothing again when it is there.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= demo,perf,study,test
+EXTRAS ?= demo,models,perf,study,test
 RUN = $(VENV)/bin/python
 
 .PHONY: setup demo test test-all lint clean

@@ -117,7 +117,7 @@ def spandrel(architecture: str, module: str, name: str) -> Callable[..., nn.Modu
 
 
 def rrdb() -> nn.Module:
-    return spandrel("ESRGAN", "RRDB", "RRDBNet")(num_filters=8, num_blocks=2, scale=2)
+    return spandrel("ESRGAN", "RRDB", "RRDBNet")(num_filters=8, num_blocks=1, scale=2)
 
 
 def compact() -> nn.Module:
@@ -152,7 +152,8 @@ def hifigan() -> nn.Module:
     with without_torchvision():
         speecht5: Any = importlib.import_module("transformers.models.speecht5")
         made: Callable[..., nn.Module] = speecht5.SpeechT5HifiGan
-    return made(speecht5.SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16, normalize_before=False))
+    sizes = {"model_in_dim": 16, "upsample_initial_channel": 16, "upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8]}
+    return made(speecht5.SpeechT5HifiGanConfig(**sizes, normalize_before=False))
 
 
 MODELS = {
