@@ -101,6 +101,24 @@ template <> struct Element<fp16> : Short {
 #endif
 };
 
+// ---------------------------------------------------------------- what a call asks for
+
+enum Type { float32, bfloat16, float16, float64 };
+enum Rule { relu, leaky, prelu, rrelu };
+
+// As launch.py packs it: pointers (null: absent), sizes, doubles, ints.
+struct Call {
+  const void *value, *grad;  // conv output, or what forward saved; grad is null in forward
+  void *out;                 // may be value or grad
+  const void *bias, *weight;
+  const int64_t *seed;
+  void *bias_sum, *weight_sum;
+  int64_t n, channels, inner, weights;
+  double lower, upper;
+  int type, bias_type, weight_type;  // a sum has the type of its parameter
+  int rule, divisor, threads;
+};
+
 // ---------------------------------------------------------------- random slopes: philox.py's rule
 
 constexpr int rounds = 7, batch = VECTOR_BYTES / 8;  // counters a vector, four words each
@@ -155,13 +173,14 @@ template <class A> struct Slopes {
   int64_t begin = 0, end = 0;
   A window[longest + 8 * batch];
 
-  Slopes(uint64_t seed, double lower, double upper, bool divisor)
-      : seed(seed), scale((A)((upper - lower) * 0x1p-32)), middle((A)((upper + lower) / 2)), divisor(divisor) {}
+  Slopes(const Call &c)
+      : seed((uint64_t)*c.seed), scale((A)((c.upper - c.lower) * 0x1p-32)), middle((A)((c.upper + c.lower) / 2)), divisor(c.divisor) {}
 
+  // Slopes of [position, position + count); the positions up to `stop` are likely next, in segments of the same length.
   const A *at(int64_t position, int64_t count, int64_t stop) {
     if (position < begin || position + count > end) {
       begin = position & ~(int64_t)3;
-      int64_t wanted = std::min(stop - begin, longest + 3), filled = 0;
+      int64_t wanted = std::min(stop, position + count * (longest / count)) - begin, filled = 0;
       for (; filled < wanted; filled += 4 * batch) fill(window + filled, (uint64_t)(begin + filled) / 4);
       end = begin + filled;
     }
@@ -171,15 +190,21 @@ template <class A> struct Slopes {
   void fill(A *to, uint64_t counter) const {
     uint32_t words[4 * batch];
     philox(seed, counter, words);
-    for (int i = 0; i < 4 * batch; i++) to[i] = std::fma((A)(int32_t)words[i], scale, middle);
+    for (int i = 0; i < 4 * batch; i++) to[i] = multiply_add((A)(int32_t)words[i], scale, middle);
     if (divisor)
       for (int i = 0; i < 4 * batch; i++) to[i] = 1 / to[i];
+  }
+
+  static A multiply_add(A x, A y, A z) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(x, y, z);
+#else  // a call of the C library; double holds the product of two floats exactly
+    return sizeof(A) == 4 ? (A)((double)x * y + z) : std::fma(x, y, z);
+#endif
   }
 };
 
 // ---------------------------------------------------------------- one segment: contiguous, longest elements at most
-
-enum Rule { relu, leaky, prelu, rrelu, rrelu_divisor };
 
 template <class A> struct Sums { A *bias, *weight; };
 
@@ -199,9 +224,9 @@ template <class T, Rule R, bool ROWS, bool BACK> struct Segment {
   V bias_sum{}, weight_sum{};
 
   void step(int64_t i, V x, V g, T *out, const M *live) {
-    V z = x + (ROWS ? load<V>(bias + i) : V{} + *bias);
-    V s = slopes ? load<V>(slope + i) : V{} + *slope;
-    if (!BACK) return E::write(out, R == relu ? (z <= 0 ? V{} : z) : (z > 0 ? z : s * z));
+    V z = x + (ROWS ? load<V>(bias + i) : *bias - V{});  // not + V{}: an absent bias is -0, which changes no x
+    V s = slopes ? load<V>(slope + i) : *slope - V{};
+    if (!BACK) return E::write(out, R == relu ? (z < 0 ? V{} : z) : (z > 0 ? z : s * z));
     M negative = R == relu || random ? z <= 0 : ~(z > 0);  // where eager sends the gradient of a NaN
     V result = negative ? (R == relu ? V{} : g * s) : g, slope_term = negative ? g * z : V{};
     E::write(out, result);
@@ -277,21 +302,6 @@ template <class F> void parallel_for(int64_t items, int threads, const F &work) 
 
 // ---------------------------------------------------------------- whole tensors
 
-struct Call {
-  const void *value, *grad;
-  void *out;
-  const void *bias, *weight;
-  const int64_t *seed;
-  void *bias_sum, *weight_sum;
-  int64_t n, channels, inner, weights;
-  int bias_type, weight_type;
-  double lower, upper;
-  int threads;
-  bool divisor;
-};
-
-enum Type { float32, bfloat16, float16, float64 };
-
 double fetch(const void *p, int64_t i, int type) {
   auto lane = [&](auto t) { using T = decltype(t); T e[VECTOR_BYTES] = {((const T *)p)[i]}; return (double)Element<T>::read(e)[0]; };
   return type == float32 ? ((const float *)p)[i] : type == float64 ? ((const double *)p)[i] : type == float16 ? lane(fp16{}) : lane(bf16{});
@@ -350,18 +360,20 @@ template <class T, Rule R, bool ROWS, bool BACK> void walk(const Call &c) {
   Array<A> slope = spread<A>(c.weight, c.weight_type, c.weights, c, length, run, c.lower);
   Array<A> bias_part(new A[slots + spare]()), weight_part(new A[R == prelu ? slots + spare : 1]());
 
-  auto segment = [&](int64_t line, int64_t cut, int64_t slot, Slopes<A> *slopes, int64_t stop) {
+  struct Nothing { Nothing(const Call &) {} };
+  using Random = std::conditional_t<S::random, Slopes<A>, Nothing>;
+  auto segment = [&](int64_t line, int64_t cut, int64_t slot, Random &slopes, int64_t stop) {
     const int64_t first = cut * strip, start = line * columns + first;
     const int64_t count = std::min((cut + 1 == cuts ? columns : first + strip) - first, c.n - start);
     if (count <= 0) return;
     const int64_t k = ROWS ? first : line % c.channels;
-    const A *s = S::random ? slopes->at(start, count, cuts == 1 || !ROWS ? stop : start + count) : &slope[k];
+    const A *s = &slope[k];
+    if constexpr (S::random) s = slopes.at(start, count, cuts == 1 || !ROWS ? stop : start + count);
     S{&bias[k], s, {&bias_part[slot], &weight_part[R == prelu ? slot : 0]}}.run(
         (const T *)c.value + start, BACK ? (const T *)c.grad + start : nullptr, (T *)c.out + start, count);
   };
   auto item = [&](int64_t i) {
-    alignas(64) char room[S::random ? sizeof(Slopes<A>) : 1];
-    auto slopes = S::random ? new (room) Slopes<A>((uint64_t)*c.seed, c.lower, c.upper, c.divisor) : nullptr;
+    Random slopes(c);
     if (ROWS) {
       const int64_t g = i / cuts, cut = i % cuts, stop = std::min(lines, (g + 1) * group);
       for (int64_t line = g * group; line < stop; line++)
@@ -384,8 +396,8 @@ template <class T, Rule R> void dispatch(const Call &c) {
   else rows ? walk<T, R, true, false>(c) : walk<T, R, false, false>(c);
 }
 
-template <class T> void dispatch(const Call &c, int rule) {
-  switch (rule) {
+template <class T> void dispatch(const Call &c) {
+  switch (c.rule) {
     case relu: return dispatch<T, relu>(c);
     case leaky: return dispatch<T, leaky>(c);
     case prelu: return dispatch<T, prelu>(c);
@@ -395,19 +407,14 @@ template <class T> void dispatch(const Call &c, int rule) {
 
 }  // namespace
 
-// code = type of the tensors | type of bias and its sum << 4 | type of weight and its sum << 8 | rule << 12
-extern "C" void fused_rect(const void *value, const void *grad, void *out, const void *bias, const void *weight, const int64_t *seed,
-                           void *bias_sum, void *weight_sum, int64_t n, int64_t channels, int64_t inner, int64_t weights, int code,
-                           double lower, double upper, int threads) {
-  const int rule = code >> 12;
-  if (channels == 1) inner = n;
-  const Call c{value, grad, out, bias, weight, seed, bias_sum, weight_sum, n, channels, inner, weights,
-               code >> 4 & 15, code >> 8 & 15, lower, upper, threads, rule == rrelu_divisor};
-  switch (code & 15) {
-    case float32: return dispatch<float>(c, rule);
-    case bfloat16: return dispatch<bf16>(c, rule);
-    case float16: return dispatch<fp16>(c, rule);
-    default: return dispatch<double>(c, rule);
+extern "C" void fused_rect(const Call *call) {
+  Call c = *call;
+  if (c.channels == 1) c.inner = c.n;
+  switch (c.type) {
+    case float32: return dispatch<float>(c);
+    case bfloat16: return dispatch<bf16>(c);
+    case float16: return dispatch<fp16>(c);
+    default: return dispatch<double>(c);
   }
 }
 

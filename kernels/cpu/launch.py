@@ -1,0 +1,115 @@
+"""Host side of the C++ kernels: from tensors to one packed call. Every microsecond here is paid by small tensors too.
+
+Tensors arrive checked and dense (`fused_rect.ops`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import build
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# rectify.cpp's number of the rule, and whether the law draws divisors.
+RULES = {"relu": (0, 0), "leaky_relu": (1, 0), "prelu": (2, 0), "rrelu": (3, 0), "rrelu_divisor": (3, 1)}
+# struct Call of rectify.cpp: packing bytes takes 0.5 us where ctypes takes 3 us to convert 20 arguments.
+_pack = struct.Struct("8P4q2d6i").pack
+
+
+@functools.cache
+def _kernel() -> Callable[[bytes], None]:
+    function = build.library().fused_rect
+    function.argtypes, function.restype = [ctypes.c_char_p], None
+    return function
+
+
+def forward(
+    input: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    rule: str,
+    lower: float,
+    upper: float,
+    out: Tensor,
+) -> None:
+    """out = rectify(input + bias); ``out`` may be ``input``."""
+    _run(input, None, out, bias, weight, seed, None, None, rule, lower, upper, bias is not None)
+
+
+def backward(
+    grad: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    rule: str,
+    lower: float,
+    upper: float,
+    grad_input: Tensor,
+    need_bias: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
+    grad_bias = grad_weight = None
+    if need_bias:
+        channels = saved.shape[1] if saved.dim() > 1 else 1
+        grad_bias = saved.new_empty(channels) if bias is None else torch.empty_like(bias)
+    if need_weight:
+        assert weight is not None
+        grad_weight = torch.empty_like(weight)
+    if (lower >= 0 and rule != "prelu") or rule == "rrelu_divisor":
+        bias = None  # what is saved is the output, whose sign tells the side
+    _run(saved, grad, grad_input, bias, weight, seed, grad_bias, grad_weight, rule, lower, upper, need_bias)
+    return grad_bias, grad_weight
+
+
+def _run(
+    value: Tensor,
+    grad: Tensor | None,
+    out: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_weight: Tensor | None,
+    rule: str,
+    lower: float,
+    upper: float,
+    channelled: bool,
+) -> None:
+    size, weights = value.numel(), 0
+    bias_type = weight_type = dtype = TYPES[value.dtype]
+    if bias is not None:
+        channelled, bias_type = True, TYPES[bias.dtype]
+        bias = bias.contiguous()
+    elif grad_bias is not None:
+        bias_type = TYPES[grad_bias.dtype]
+    if weight is not None:
+        weights, weight_type = weight.numel(), TYPES[weight.dtype]
+        weight = weight.contiguous()
+    if (channelled or weights > 1) and value.dim() > 1:
+        channels, inner = value.shape[1], value.stride(1)
+    else:
+        channels, inner = 1, size
+    number, divisor = RULES[rule]
+    _kernel()(
+        _pack(
+            value.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if seed is None else seed.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+            0 if grad_weight is None else grad_weight.data_ptr(),
+            size, channels, inner, weights, lower, upper,
+            dtype, bias_type, weight_type, number, divisor, torch.get_num_threads(),
+        )
+    )  # fmt: skip
