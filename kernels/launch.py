@@ -34,7 +34,7 @@ def forward(
     p = _plan(input, bias, weight, False)
     with _on(input):
         rectify.forward[(p.programs,)](
-            input, out, bias, weight, seed, *_scalars(rule, lower, upper), *_shape(p), p.tail,
+            input, out, bias, weight, seed, *_scalars(rule, lower, upper), *_shape(p),
             BIAS=_lookup(bias, p), **_options(p, rule, weight, input.dtype),
         )  # fmt: skip
 
@@ -55,35 +55,35 @@ def backward(
     """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
     p = _plan(saved, bias, weight, need_bias)
     compute = torch.float64 if saved.dtype == torch.float64 else torch.float32
-    partials = [saved.new_empty((p.chunks, p.entries), dtype=compute) if need else None for need in (need_bias, need_weight)]
-    tails = saved.new_empty((2, p.vector), dtype=compute) if p.tail and (need_bias or need_weight) else None
+    sums = need_bias + need_weight
+    partials = saved.new_empty((sums, p.chunks, p.entries), dtype=compute) if sums else None
+    tails = saved.new_empty((sums, p.vector), dtype=compute) if p.tail and sums else None
     added = None if _sign_of_output_decides(rule, lower) else bias
+    grad_bias = saved.new_empty((p.channels,), dtype=grad.dtype if bias is None else bias.dtype) if need_bias else None
+    grad_weight = saved.new_empty((p.channels,), dtype=compute) if need_weight else None
     with _on(saved):
         rectify.backward[(p.programs,)](
-            grad, saved, grad_input, added, weight, seed, *partials, tails, *_scalars(rule, lower, upper),
-            *_shape(p), p.tail, p.entries,
-            BIAS=_lookup(added, p), SUM_BIAS=need_bias, SUM_WEIGHT=need_weight, SEGMENT=p.segment,
+            grad, saved, grad_input, added, weight, seed, partials, tails, *_scalars(rule, lower, upper),
+            *_shape(p), p.entries, p.chunks * p.entries,
+            BIAS=_lookup(added, p), SUM_BIAS=need_bias, SUM_WEIGHT=need_weight, LOOKUP=p.lookup, SEGMENT=p.segment,
             **_options(p, rule, weight, saved.dtype),
         )  # fmt: skip
-        sums = [
-            None if partial is None else _finish(partial, None if tails is None else tails[i], p, dtype)
-            for i, (partial, dtype) in enumerate(
-                zip(partials, (grad.dtype if bias is None else bias.dtype, compute))
-            )
-        ]
-    return sums[0], None if sums[1] is None else _as_weight(sums[1], weight)
+        if sums:
+            first, second = (grad_bias, grad_weight) if need_bias else (grad_weight, None)
+            _finish(partials, tails, first, second, p)
+    return grad_bias, None if grad_weight is None else _as_weight(grad_weight, weight)
 
 
-def _finish(partial: Tensor, tails: Tensor | None, p: Plan, dtype: torch.dtype) -> Tensor:
-    out = partial.new_empty((p.channels,), dtype=dtype)
+def _finish(partials: Tensor, tails: Tensor | None, first: Tensor, second: Tensor | None, p: Plan) -> None:
     unit = p.segment * p.vector or 1
-    reduce.finish[(p.channels,)](
-        partial, tails, out, p.channels, p.inner, p.copies, p.chunks, p.entries, -(-p.inner // unit) + 1,
+    segments = -(-p.inner // unit) + 1
+    small = p.chunks * p.copies * segments <= 2048
+    reduce.finish[(p.channels, partials.shape[0])](
+        partials, tails, first, second, p.channels, p.inner, p.copies, p.chunks, p.entries, p.chunks * p.entries, segments,
         p.vectors * p.vector, p.tail,
-        UNIT=unit, STEP=2 if p.segment else 1, TAIL=tails is not None, V=p.vector, BLOCK=FINISH_BLOCK, WIDE=p.wide,
-        COMPUTE=tl.float64 if partial.dtype == torch.float64 else tl.float32, num_warps=4, enable_fp_fusion=False,
+        UNIT=unit, STEP=2 if p.segment else 1, TAIL=tails is not None, V=p.vector, BLOCK=128 if small else FINISH_BLOCK, WIDE=p.wide, SUMS=partials.shape[0],
+        COMPUTE=tl.float64 if partials.dtype == torch.float64 else tl.float32, num_warps=1 if small else 4, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
 
 
 def _as_weight(per_channel: Tensor, weight: Tensor | None) -> Tensor:
@@ -111,7 +111,7 @@ def _scalars(rule: str, lower: float, upper: float) -> tuple[int, int]:
 
 
 def _shape(p: Plan) -> tuple[int, ...]:
-    return p.channels, p.inner, p.row, p.columns, p.vectors
+    return p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.vectors % p.row * p.vector
 
 
 def _lookup(parameter: Tensor | None, p: Plan) -> str:

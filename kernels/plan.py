@@ -67,7 +67,9 @@ class Plan:
         """Adjacent vectors whose sums are merged: a power of two that spans at most two channels; 0: none are."""
         if self.lookup == "element":
             return 0
-        return min(self.across, 1 << (self.inner // self.vector).bit_length() - 1)
+        widest = min(self.across, 1 << (self.inner // self.vector).bit_length() - 1)
+        # A warp's 32 vectors, unless a segment spans several vectors of each of the 128 threads.
+        return widest if widest > THREADS else min(widest, 32)
 
     @property
     def entries(self) -> int:
@@ -131,7 +133,7 @@ def _rows(size: int, channels: int, inner: int, vector: int, copies: int, lookup
     row = copies * channels * inner // vector
     rows = -(-size // (row * vector))
     # With many channels a vector the sums run down the rows: 16 rows of threads, each 8 vectors = 128 bytes across.
-    shapes = [(DEPTH, 16, 8)] if lookup == "element" else [(DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
+    shapes = [(DEPTH, 8, 16)] if lookup == "element" else [(DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
     return [Plan(size, channels, inner, vector, row, copies, rows, *shape, lookup) for shape in shapes]
 
 

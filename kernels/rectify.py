@@ -9,26 +9,29 @@ import triton
 import triton.language as tl
 
 from .philox import words
+from .traffic import launch_metadata
 
 
 @triton.jit
 def _channel_values(pointer, first, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The parameter of each element: ``first`` (1, 1, G, 1) is the position in the row of each vector's first element."""
     if LOOKUP == "one":
-        return tl.load(pointer).to(COMPUTE)
-    inner = tl.cast(inner, first.dtype)
-    channels = tl.cast(channels, first.dtype)
-    j = tl.arange(0, V)[None, None, None, :]
-    if LOOKUP == "element":
-        channel = (first + j.to(first.dtype)) // inner % channels
-        return tl.load(pointer + channel, mask=mask & (j >= 0), other=0).to(COMPUTE)
-    plane = first // inner
-    channel = plane % channels
-    value = tl.load(pointer + channel, mask=mask, other=0).to(COMPUTE)
-    if LOOKUP == "split":
-        following = tl.where(channel + 1 == channels, 0, channel + 1)
-        second = tl.load(pointer + following, mask=mask, other=0).to(COMPUTE)
-        value = tl.where(j.to(first.dtype) < (plane + 1) * inner - first, value, second)
+        value = tl.load(pointer).to(COMPUTE)
+    else:
+        inner = tl.cast(inner, first.dtype)
+        channels = tl.cast(channels, first.dtype)
+        j = tl.arange(0, V)[None, None, None, :]
+        if LOOKUP == "element":
+            channel = (first + j.to(first.dtype)) // inner % channels
+            value = tl.load(pointer + channel, mask=mask & (j >= 0), other=0).to(COMPUTE)
+        else:
+            plane = first // inner
+            channel = plane % channels
+            value = tl.load(pointer + channel, mask=mask, other=0).to(COMPUTE)
+            if LOOKUP == "split":
+                following = tl.where(channel + 1 == channels, 0, channel + 1)
+                second = tl.load(pointer + following, mask=mask, other=0).to(COMPUTE)
+                value = tl.where(j.to(first.dtype) < (plane + 1) * inner - first, value, second)
     return value
 
 
@@ -101,124 +104,191 @@ def _tile(
     return start, behind, g, in_row, in_row & (behind < (limit if WIDE else limit.to(tl.int32)))
 
 
-@triton.jit(do_not_specialize=["lower", "upper"])
+@triton.jit
+def _unsigned(position, WIDE: tl.constexpr):
+    """Unsigned: the division by a runtime value is cheaper."""
+    return position.to(tl.uint64 if WIDE else tl.uint32)
+
+
+@triton.jit
+def _tail(vectors, tail, tail_at, V: tl.constexpr, WIDE: tl.constexpr):
+    """The last elements, which fill no vector: (their vector, its first element's place in the row, mask)."""
+    vector = vectors.to(tl.int64) + tl.zeros((1, 1, 1, 1), tl.int64)
+    first = tail_at + tl.zeros((1, 1, 1, 1), tl.int64 if WIDE else tl.int32)
+    return vector, _unsigned(first, WIDE), tl.arange(0, V)[None, None, None, :] < tail
+
+
+@triton.constexpr_function
+def _each(lookup):
+    """The lookup of the tail: its elements may belong to any channels."""
+    return lookup if lookup in ("", "one") else "element"
+
+
+@triton.jit
+def _parameters(
+    bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
+    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(bias, slope) of each element; BIAS and WEIGHT are the lookups of the two parameters, or "" for none."""
+    shift = 0.0
+    if BIAS != "":
+        shift = _channel_values(bias, first, inner, channels, mask, BIAS, V, COMPUTE)
+    slope = 0.0
+    if WEIGHT != "":
+        slope = _channel_values(weight, first, inner, channels, mask, WEIGHT, V, COMPUTE)
+    return shift, _slope(slope, vector, seed, lower, upper, RULE, V, COMPUTE)
+
+
+@triton.jit
+def _forward(
+    input, out, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    x = tl.load(input + offset, mask=mask).to(COMPUTE)
+    if BIAS != "":
+        x += shift
+    tl.store(out + offset, _rectify(x, slope, RULE).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
 def forward(
-    input, out, bias, weight, seed, lower: "i64", upper: "i64", channels, inner, row, columns, vectors, tail,
+    input, out, bias, weight, seed, lower: "i64", upper: "i64", channels, inner, row, columns, vectors, tail, tail_at,
     RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
     V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """out = rectify(input + bias), element by element; BIAS and WEIGHT are the lookups of the two parameters, or ""."""
+    """out = rectify(input + bias); BIAS and WEIGHT are the lookups of the two parameters, or ""."""
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    offset = behind * V + j
-    x = tl.load(input + start * V + offset, mask=mask).to(COMPUTE)
-    first = (g * V).to(tl.uint64 if WIDE else tl.uint32)
-    if BIAS != "":
-        x += _channel_values(bias, first, inner, channels, in_row, BIAS, V, COMPUTE)
-    slope = 0.0
-    if WEIGHT != "":
-        slope = _channel_values(weight, first, inner, channels, in_row, WEIGHT, V, COMPUTE)
-    slope = _slope(slope, start + behind, seed, lower, upper, RULE, V, COMPUTE)
-    tl.store(out + start * V + offset, _rectify(x, slope, RULE).to(out.dtype.element_ty), mask=mask)
+    shift, slope = _parameters(
+        bias, weight, seed, lower, upper, channels, inner, start + behind, _unsigned(g * V, WIDE), in_row,
+        RULE, BIAS, WEIGHT, V, COMPUTE,
+    )  # fmt: skip
+    at = start * V
+    _forward(input + at, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
     if TAIL:
         if tl.program_id(0) == 0:
-            vector = vectors.to(tl.int64) + tl.zeros((1, 1, 1, 1), tl.int64)
-            position = vector * V + j
-            x = tl.load(input + position, mask=j < tail).to(COMPUTE)
-            z, slope = _tail_parameters(
-                x, vector, bias, weight, seed, lower, upper, channels, inner, tail, RULE, BIAS, WEIGHT, V, COMPUTE
-            )
-            tl.store(out + position, _rectify(z, slope, RULE).to(out.dtype.element_ty), mask=j < tail)
+            vector, first, mask = _tail(vectors, tail, tail_at, V, WIDE)
+            shift, slope = _parameters(
+                bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
+                RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
+            )  # fmt: skip
+            _forward(input, out, shift, slope, vector * V + j, mask, RULE, BIAS, COMPUTE)
 
 
 @triton.jit
-def _tail_parameters(
-    x, vector, bias, weight, seed, lower, upper, channels, inner, tail,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+def _store_sums(
+    partials, values, g, row, inner, columns, entries, stride, LOOKUP: tl.constexpr, V: tl.constexpr,
+    ACROSS: tl.constexpr, SEGMENT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """z and slope of the last elements, which fill no vector: each looks its own channel up."""
-    first = (vector * V).to(tl.uint64)
-    ragged = tl.arange(0, V)[None, None, None, :] < tail
-    if BIAS != "":
-        x += _channel_values(bias, first, inner, channels, ragged, "one" if BIAS == "one" else "element", V, COMPUTE)
-    slope = 0.0
-    if WEIGHT != "":
-        lookup: tl.constexpr = "one" if WEIGHT == "one" else "element"
-        slope = _channel_values(weight, first, inner, channels, ragged, lookup, V, COMPUTE)
-    return x, _slope(slope, vector, seed, lower, upper, RULE, V, COMPUTE)
+    """One tile's sums: each column's, or each segment's of the channel it starts in and of the next one.
+
+    ``values`` (DEPTH, DOWN, ACROSS, V) holds the summands of grad_bias or grad_weight, or (..., V, 2) those of both.
+    """
+    values = tl.sum(tl.sum(values, axis=0), axis=0)  # first a thread's own rows, then the threads below
+    to = partials + (tl.program_id(0) // columns).to(tl.int64) * entries
+    vector = tl.reshape(g, ACROSS)
+    element = vector[:, None] * V + tl.arange(0, V)[None, :]
+    if SEGMENT == 0:
+        at = _by_sum(element, stride, 2, SUMS)
+        tl.store(to + at, values, mask=_by_sum(element < row * V, None, 2, SUMS))
+    else:
+        begin = (vector - tl.arange(0, ACROSS) % SEGMENT) * V
+        boundary = (begin // inner + 1) * inner
+        if LOOKUP == "split":
+            belongs = _by_sum(element < boundary[:, None], None, 2, SUMS)
+            head = tl.sum(tl.where(belongs, values, 0.0), axis=1)
+            rest = tl.sum(tl.where(belongs, 0.0, values), axis=1)
+        else:
+            values = tl.sum(values, axis=1)
+            belongs = _by_sum(vector * V < boundary, None, 1, SUMS)
+            head = tl.where(belongs, values, 0.0)
+            rest = tl.where(belongs, 0.0, values)
+        count: tl.constexpr = ACROSS // SEGMENT
+        both = tl.join(head, rest)
+        both = tl.reshape(both, count, SEGMENT, 2, 2) if SUMS == 2 else tl.reshape(both, count, SEGMENT, 2)
+        segment = tl.program_id(0) % columns * count + tl.arange(0, count)
+        at = segment[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(to + _by_sum(at, stride, 1, SUMS), tl.sum(both, axis=1))
 
 
 @triton.jit
-def _store_sums(partial, values, g, row, inner, columns, entries, V: tl.constexpr, ACROSS: tl.constexpr,
-                SEGMENT: tl.constexpr):  # fmt: skip
-    """One tile's sums: each column's, or each segment's of the channel it starts in and of the next one."""
-    sums = tl.sum(tl.sum(values, axis=0), axis=0)  # (ACROSS, V): first a thread's own rows, then the threads below
-    to = partial + (tl.program_id(0) // columns).to(tl.int64) * entries
-    column = tl.arange(0, ACROSS)
-    vector = tl.reshape(g, ACROSS)
-    if SEGMENT == 0:
-        j = tl.arange(0, V)[None, :]
-        tl.store(to + vector[:, None] * V + j, sums, mask=(vector < row)[:, None] & (j >= 0))
+def _by_sum(at, stride, AXIS: tl.constexpr, SUMS: tl.constexpr):
+    """Where two sums are kept, they lie along their own axis and ``stride`` apart."""
+    if SUMS == 2:
+        at = tl.expand_dims(at, AXIS)
+        if stride is not None:
+            lane = tl.arange(0, 2)
+            lane = lane[None, None, :] if AXIS == 2 else lane[None, :, None]
+            at += lane * stride
+    return at
+
+
+@triton.jit
+def _backward(
+    grad, saved, grad_input, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Stores grad_input; returns what grad_bias and grad_weight sum, 0 where ``mask`` is off."""
+    dy = tl.load(grad + offset, mask=mask, other=0).to(COMPUTE)
+    z = tl.load(saved + offset, mask=mask, other=1).to(COMPUTE)
+    if BIAS != "":
+        # Lanes without an element count as positive, so that no slope (inf among them) reaches the sums.
+        z += shift
+    dx = _derivative(dy, z, slope, RULE)
+    tl.store(grad_input + offset, dx.to(grad_input.dtype.element_ty), mask=mask)
+    if BIAS != "":
+        # Lanes without an element count as positive, so that no slope (inf among them) reaches the sums.
+        pass
+    return dx, tl.where(_is_negative(z, RULE), dy * z, 0.0)
+
+
+@triton.jit
+def _summands(dx, dw, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr):
+    if SUM_BIAS and SUM_WEIGHT:
+        values = tl.join(dx, dw)
+    elif SUM_BIAS:
+        values = dx
     else:
-        begin = (vector - column % SEGMENT) * V
-        boundary = (begin // inner + 1) * inner
-        element = vector[:, None] * V + tl.arange(0, V)[None, :]
-        belongs = element < boundary[:, None]
-        count: tl.constexpr = ACROSS // SEGMENT
-        head = tl.sum(tl.reshape(tl.sum(tl.where(belongs, sums, 0.0), axis=1), count, SEGMENT), axis=1)
-        rest = tl.sum(tl.reshape(tl.sum(tl.where(belongs, 0.0, sums), axis=1), count, SEGMENT), axis=1)
-        at = 2 * (tl.program_id(0) % columns * count + tl.arange(0, count))
-        tl.store(to + at, head)
-        tl.store(to + at + 1, rest)
+        values = dw
+    return values
 
 
-@triton.jit(do_not_specialize=["lower", "upper"])
+@triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
 def backward(
-    grad, saved, grad_input, bias, weight, seed, partial_bias, partial_weight, tails, lower: "i64", upper: "i64",
-    channels, inner, row, columns, vectors, tail, entries,
+    grad, saved, grad_input, bias, weight, seed, partials, tails, lower: "i64", upper: "i64",
+    channels, inner, row, columns, vectors, tail, tail_at, entries, stride,
     RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
-    TAIL: tl.constexpr, WIDE: tl.constexpr, SEGMENT: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, LOOKUP: tl.constexpr, SEGMENT: tl.constexpr,
     V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    SUMS: tl.constexpr = SUM_BIAS + SUM_WEIGHT
     """grad_input, and in the same pass the partial sums of grad_bias and grad_weight, each written by one program.
 
     ``saved`` is the output (BIAS == "") or the convolution's, to which the bias is added again.
     """
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    offset = behind * V + j
-    dy = tl.load(grad + start * V + offset, mask=mask, other=0).to(COMPUTE)
-    z = tl.load(saved + start * V + offset, mask=mask, other=1).to(COMPUTE)
-    first = (g * V).to(tl.uint64 if WIDE else tl.uint32)
-    if BIAS != "":
-        z += _channel_values(bias, first, inner, channels, in_row, BIAS, V, COMPUTE)
-        # Lanes without an element count as positive, so that no slope (inf among them) reaches the sums.
-        z = tl.where(mask, z, 1.0)
-    slope = 0.0
-    if WEIGHT != "":
-        slope = _channel_values(weight, first, inner, channels, in_row, WEIGHT, V, COMPUTE)
-    slope = _slope(slope, start + behind, seed, lower, upper, RULE, V, COMPUTE)
-    dx = _derivative(dy, z, slope, RULE)
-    tl.store(grad_input + start * V + offset, dx.to(grad_input.dtype.element_ty), mask=mask)
-    if SUM_BIAS:
-        _store_sums(partial_bias, dx, g, row, inner, columns, entries, V, ACROSS, SEGMENT)
-    if SUM_WEIGHT:
-        dw = tl.where(_is_negative(z, RULE), dy * z, 0.0)
-        _store_sums(partial_weight, dw, g, row, inner, columns, entries, V, ACROSS, SEGMENT)
+    shift, slope = _parameters(
+        bias, weight, seed, lower, upper, channels, inner, start + behind, _unsigned(g * V, WIDE), in_row,
+        RULE, BIAS, WEIGHT, V, COMPUTE,
+    )  # fmt: skip
+    at = start * V
+    dx, dw = _backward(
+        grad + at, saved + at, grad_input + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE
+    )  # fmt: skip
+    if SUMS > 0:
+        _store_sums(
+            partials, _summands(dx, dw, SUM_BIAS, SUM_WEIGHT), g, row, inner, columns, entries, stride,
+            LOOKUP, V, ACROSS, SEGMENT, SUMS,
+        )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:
-            vector = vectors.to(tl.int64) + tl.zeros((1, 1, 1, 1), tl.int64)
-            position = vector * V + j
-            dy = tl.load(grad + position, mask=j < tail, other=0).to(COMPUTE)
-            z = tl.load(saved + position, mask=j < tail, other=0).to(COMPUTE)
-            z, slope = _tail_parameters(
-                z, vector, bias, weight, seed, lower, upper, channels, inner, tail, RULE, BIAS, WEIGHT, V, COMPUTE
-            )
-            z = tl.where(j < tail, z, 1.0)
-            dx = _derivative(dy, z, slope, RULE)
-            tl.store(grad_input + position, dx.to(grad_input.dtype.element_ty), mask=j < tail)
-            if SUM_BIAS:
-                tl.store(tails + j + tl.zeros((1, 1, 1, V), tl.int32), dx)
-            if SUM_WEIGHT:
-                dw = tl.where(_is_negative(z, RULE), dy * z, 0.0)
-                tl.store(tails + V + j + tl.zeros((1, 1, 1, V), tl.int32), dw)
+            vector, first, mask = _tail(vectors, tail, tail_at, V, WIDE)
+            shift, slope = _parameters(
+                bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
+                RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
+            )  # fmt: skip
+            dx, dw = _backward(
+                grad, saved, grad_input, shift, slope, vector * V + j, mask, RULE, BIAS, COMPUTE
+            )  # fmt: skip
+            if SUMS > 0:
+                values = tl.reshape(_summands(dx, dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)
+                tl.store(tails + tl.arange(0, V * SUMS), values)

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def finish(
-    partial, tails, out, channels, inner, copies, chunks, entries, segments, tail_at, tail,
+    partials, tails, first, second, channels, inner, copies, chunks, entries, stride, segments, tail_at, tail,
     UNIT: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, COMPUTE: tl.constexpr,
+    WIDE: tl.constexpr, SUMS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """out[c] = the sum of channel c over chunks, copies of the period in a row, and its segments.
 
@@ -16,6 +16,8 @@ def finish(
     ``segments`` bounds how many segments one channel touches in one copy, the one it shares with its predecessor included.
     """
     c = tl.program_id(0)
+    which = tl.program_id(1).to(tl.int64)
+    partials += which * stride
     if WIDE:
         c = c.to(tl.int64)
     per_copy = tl.cast(segments, tl.uint32)
@@ -30,14 +32,19 @@ def finish(
         shared = head // UNIT  # the segment that holds it
         segment = shared + k
         # The shared segment starts in the channel before, whose sum stands first, unless it starts right at the head.
-        second = (segment * UNIT < head).to(tl.int32)
+        later = (segment * UNIT < head).to(tl.int32)
         mask = (chunk < chunks) & (segment * UNIT < head + inner)
-        at = chunk.to(tl.int64) * entries + segment * STEP + second
-        acc += tl.load(partial + at, mask=mask, other=0)
+        at = chunk.to(tl.int64) * entries + segment * STEP + later
+        acc += tl.load(partials + at, mask=mask, other=0)
     total = tl.sum(acc, axis=0)
     if TAIL:
         j = tl.arange(0, V)
         mine = ((tail_at + j) // inner % channels == c) & (j < tail)
-        total += tl.sum(tl.load(tails + j, mask=mine, other=0), axis=0)
-    tl.store(out + c, total.to(out.dtype.element_ty))
-
+        total += tl.sum(tl.load(tails + j * SUMS + which, mask=mine, other=0), axis=0)
+    if SUMS == 2:
+        if which == 1:
+            tl.store(second + c, total.to(second.dtype.element_ty))
+        else:
+            tl.store(first + c, total.to(first.dtype.element_ty))
+    else:
+        tl.store(first + c, total.to(first.dtype.element_ty))
