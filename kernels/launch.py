@@ -1,23 +1,41 @@
 """Host side of the Triton kernels: from tensors to a plan to a launch.
 
 Tensors arrive checked and dense (`fused_rect.ops`). Nothing here asks for a CUDA tensor: CPU tensors go to whatever
-Triton driver or interpreter is active.
+Triton driver or interpreter is active. What depends on shapes alone is worked out once per shape (`forward_call`,
+`backward_call`, `finish_call`), so that a launch costs a look-up more than Triton's own.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
+from ..rectifiers import saves_output
 from . import rectify, reduce
 from .plan import Plan, channel_layout, plan
 
-FINISH_BLOCK = 1024
+Shape = tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """One launch but for its pointers, which come first: ``kernel[grid](*pointers, *numbers, **constants)``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    plan: Plan
+
+    def __call__(self, *pointers: Tensor | None) -> None:
+        self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
 
 
 def forward(
@@ -31,12 +49,10 @@ def forward(
     out: Tensor,
 ) -> None:
     """out = rectify(input + bias); ``out`` may be ``input``."""
-    p = _plan(input, bias, weight, False)
-    with _on(input):
-        rectify.forward[(p.programs,)](
-            input, out, bias, weight, seed, *_scalars(rule, lower, upper), *_shape(p),
-            BIAS=_lookup(bias, p), **_options(p, rule, weight, input.dtype),
-        )  # fmt: skip
+    lengths = _length(bias), _length(weight)
+    call = forward_call(input.shape, input.stride(), input.dtype, rule, lower, upper, *lengths)
+    with _device_of(input):
+        call(input, out, bias, weight, seed)
 
 
 def backward(
@@ -53,74 +69,119 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
-    p = _plan(saved, bias, weight, need_bias)
-    compute = torch.float64 if saved.dtype == torch.float64 else torch.float32
+    lengths = _length(bias), _length(weight)
+    call = backward_call(saved.shape, saved.stride(), saved.dtype, rule, lower, upper, *lengths, need_bias, need_weight)
+    p = call.plan
+    added = None if saves_output(rule, lower) else bias
     sums = need_bias + need_weight
-    partials = saved.new_empty((sums, p.chunks, p.entries), dtype=compute) if sums else None
-    tails = saved.new_empty((sums, p.vector), dtype=compute) if p.tail and sums else None
-    added = None if _sign_of_output_decides(rule, lower) else bias
-    grad_bias = saved.new_empty((p.channels,), dtype=grad.dtype if bias is None else bias.dtype) if need_bias else None
-    grad_weight = saved.new_empty((p.channels,), dtype=compute) if need_weight else None
-    with _on(saved):
-        rectify.backward[(p.programs,)](
-            grad, saved, grad_input, added, weight, seed, partials, tails, *_scalars(rule, lower, upper),
-            *_shape(p), p.entries, p.chunks * p.entries,
-            BIAS=_lookup(added, p), SUM_BIAS=need_bias, SUM_WEIGHT=need_weight, LOOKUP=p.lookup, SEGMENT=p.segment,
-            **_options(p, rule, weight, saved.dtype),
-        )  # fmt: skip
-        if sums:
-            first, second = (grad_bias, grad_weight) if need_bias else (grad_weight, None)
-            _finish(partials, tails, first, second, p)
-    return grad_bias, None if grad_weight is None else _as_weight(grad_weight, weight)
+    with _device_of(saved):
+        if not sums:
+            call(grad, saved, grad_input, added, weight, seed, None, None)
+            return None, None
+        compute = _compute(saved.dtype)
+        partials = saved.new_empty((sums, p.chunks, p.entries), dtype=compute)
+        tails = saved.new_empty((p.vector, sums), dtype=compute) if p.tail else None
+        call(grad, saved, grad_input, added, weight, seed, partials, tails)
+        kept = [
+            saved.new_empty((p.channels,), dtype=dtype)
+            for need, dtype in ((need_bias, grad.dtype if bias is None else bias.dtype), (need_weight, compute))
+            if need
+        ]
+        finish_call(p, sums, compute)(partials, tails, kept[0], kept[1] if sums == 2 else None)
+    grad_bias = kept[0] if need_bias else None
+    return grad_bias, _as_weight(kept[-1], weight) if need_weight and weight is not None else None
 
 
-def _finish(partials: Tensor, tails: Tensor | None, first: Tensor, second: Tensor | None, p: Plan) -> None:
-    unit = p.segment * p.vector or 1
-    segments = -(-p.inner // unit) + 1
-    small = p.chunks * p.copies * segments <= 2048
-    reduce.finish[(p.channels, partials.shape[0])](
-        partials, tails, first, second, p.channels, p.inner, p.copies, p.chunks, p.entries, p.chunks * p.entries, segments,
-        p.vectors * p.vector, p.tail,
-        UNIT=unit, STEP=2 if p.segment else 1, TAIL=tails is not None, V=p.vector, BLOCK=128 if small else FINISH_BLOCK, WIDE=p.wide, SUMS=partials.shape[0],
-        COMPUTE=tl.float64 if partials.dtype == torch.float64 else tl.float32, num_warps=1 if small else 4, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _as_weight(per_channel: Tensor, weight: Tensor | None) -> Tensor:
-    assert weight is not None
+def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
     total = per_channel if weight.numel() == per_channel.numel() else per_channel.sum()
     return total.to(weight.dtype).view(weight.shape)
 
 
-def _sign_of_output_decides(rule: str, lower: float) -> bool:
-    return rule in ("relu", "rrelu_divisor") or (rule != "prelu" and lower >= 0)
+# ---- what depends on shapes alone ----
 
 
-def _plan(input: Tensor, bias: Tensor | None, weight: Tensor | None, need_bias: bool) -> Plan:
-    channels, inner = 1, input.numel()
-    if bias is not None or need_bias or (weight is not None and weight.numel() > 1):
-        channels, inner = channel_layout(input.shape, input.stride())
-    return plan(input.numel(), channels, inner, input.element_size())
+@functools.lru_cache(maxsize=4096)
+def forward_call(
+    shape: Shape, stride: Shape, dtype: torch.dtype, rule: str, lower: float, upper: float, bias: int, weight: int
+) -> Call:
+    """The forward launch for a dense input; ``bias`` and ``weight`` are lengths, 0 where absent.
+
+    Pointers: input, out, bias, weight, seed.
+    """
+    p = _plan(shape, stride, dtype, bias > 0 or weight > 1)
+    constants = {"BIAS": _lookup(bias, p), **_constants(p, rule, weight, dtype)}
+    return Call(rectify.forward, (p.programs,), _numbers(p, rule, lower, upper), constants, p)
 
 
-def _scalars(rule: str, lower: float, upper: float) -> tuple[int, int]:
-    """(scale, middle) of the random rules, the slope of the others, each as the bits of a float64."""
+@functools.lru_cache(maxsize=4096)
+def backward_call(
+    shape: Shape,
+    stride: Shape,
+    dtype: torch.dtype,
+    rule: str,
+    lower: float,
+    upper: float,
+    bias: int,
+    weight: int,
+    need_bias: bool,
+    need_weight: bool,
+) -> Call:
+    """The backward launch; pointers: grad, saved, grad_input, bias, weight, seed, partials, tails.
+
+    The bias is None where the output was saved; partials and tails are None where nothing is summed.
+    """
+    p = _plan(shape, stride, dtype, bias > 0 or need_bias or weight > 1)
+    constants = {
+        "BIAS": "" if saves_output(rule, lower) else _lookup(bias, p),
+        "SUM_BIAS": need_bias,
+        "SUM_WEIGHT": need_weight,
+        "LOOKUP": p.lookup,
+        "SEGMENT": p.segment,
+        **_constants(p, rule, weight, dtype),
+    }
+    numbers = (*_numbers(p, rule, lower, upper), p.entries, p.chunks * p.entries)
+    return Call(rectify.backward, (p.programs,), numbers, constants, p)
+
+
+@functools.lru_cache(maxsize=4096)
+def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
+    """The finishing sum; pointers: partials, tails, and one output or two (else None)."""
+    few = p.chunks * p.copies * p.touched <= 2048  # partials of one channel: one warp is done with them in 16 turns
+    constants = {
+        "UNIT": p.unit,
+        "STEP": 2 if p.segment else 1,
+        "TAIL": p.tail > 0,
+        "SUMS": sums,
+        "V": p.vector,
+        "WIDE": p.wide,
+        "BLOCK": 128 if few else 1024,
+        "COMPUTE": _triton_type(compute),
+        "num_warps": 1 if few else 4,
+        "enable_fp_fusion": False,
+    }
+    numbers = (
+        p.channels, p.inner, p.copies, p.chunks, p.entries, p.chunks * p.entries, p.touched, p.tail, p.tail_at
+    )  # fmt: skip
+    return Call(reduce.finish, (p.channels, sums), numbers, constants, p)
+
+
+def _plan(shape: Shape, stride: Shape, dtype: torch.dtype, by_channel: bool) -> Plan:
+    size = 1
+    for extent in shape:
+        size *= extent
+    channels, inner = channel_layout(shape, stride) if by_channel else (1, size)
+    return plan(size, channels, inner, dtype.itemsize)
+
+
+def _numbers(p: Plan, rule: str, lower: float, upper: float) -> tuple[int, ...]:
+    """The slope of the fixed rules, or scale and middle of the random ones, as bits of float64; then the shape."""
     if rule in ("rrelu", "rrelu_divisor"):
         lower, upper = (upper - lower) * 2.0**-32, (upper + lower) / 2
-    return struct.unpack("2q", struct.pack("2d", lower, upper))
+    bits = struct.unpack("2q", struct.pack("2d", lower, upper))
+    return *bits, p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.tail_at
 
 
-def _shape(p: Plan) -> tuple[int, ...]:
-    return p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.vectors % p.row * p.vector
-
-
-def _lookup(parameter: Tensor | None, p: Plan) -> str:
-    if parameter is None:
-        return ""
-    return "one" if parameter.numel() == 1 else p.lookup
-
-
-def _options(p: Plan, rule: str, weight: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(p: Plan, rule: str, weight: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "RULE": rule,
         "WEIGHT": _lookup(weight, p),
@@ -130,22 +191,54 @@ def _options(p: Plan, rule: str, weight: Tensor | None, dtype: torch.dtype) -> d
         "DEPTH": p.depth,
         "DOWN": p.lanes_down,
         "ACROSS": p.across,
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "COMPUTE": _triton_type(_compute(dtype)),
         "num_warps": 4,
-        "enable_fp_fusion": False,
+        "enable_fp_fusion": False,  # contracted products would no longer equal eager's bit for bit
     }
 
 
-def _on(tensor: Tensor) -> Any:
+def _lookup(length: int, p: Plan) -> str:
+    return "" if not length else "one" if length == 1 else p.lookup
+
+
+def _length(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.numel()
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+# ---- where it runs ----
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; make that the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else _NOTHING
+    if tensor.device.type == "cpu":
+        _require_a_driver_for_cpu_tensors()
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device_of(tensor)
+    return guard
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
+def _require_a_driver_for_cpu_tensors() -> None:
+    """RuntimeError unless Triton's interpreter, or a driver that is none of Triton's own GPU ones, is active."""
+    if not isinstance(rectify.forward, triton.JITFunction):
+        return
+    try:
+        active: Any = driver.active
+        reads_cpu = not type(active._obj if hasattr(active, "_obj") else active).__module__.startswith("triton.")
+    except RuntimeError:  # "0 active drivers"
+        reads_cpu = False
+    if not reads_cpu:
+        raise RuntimeError(
+            "backend 'triton' is forced on CPU tensors, which no active Triton driver reads: set TRITON_INTERPRET=1 "
+            "before fused_rect is imported, or choose backend 'native' or 'eager'"
+        )
 
-    def __exit__(self, *_: object) -> None: ...
 
-
-_NOTHING = _Nothing()
 __all__ = ["backward", "forward"]

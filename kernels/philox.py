@@ -1,7 +1,7 @@
 """Random slopes: the one rule slope(seed, position), as Triton device functions.
 
-Position i of the dense tensor's memory reads word i % 4 of Philox4x32-7 (Salmon et al. 2011) at counter i // 4 under the
-call's 64-bit seed. It depends on nothing else: no block size, grid, dtype or GPU model, so backward regenerates it.
+Position i of the dense tensor's memory reads word i % 4 of Philox4x32-7 (Salmon et al. 2011) at counter i // 4 under
+the call's 64-bit seed. It depends on nothing else: no block size, grid, dtype or GPU model, so backward regenerates it.
 Seven rounds pass BigCrush; ten, the cautious default elsewhere, would cost 6 more instructions an element.
 """
 

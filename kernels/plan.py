@@ -63,6 +63,11 @@ class Plan:
         return self.size % self.vector
 
     @property
+    def tail_at(self) -> int:
+        """The tail's place in its row."""
+        return self.vectors % self.row * self.vector
+
+    @property
     def segment(self) -> int:
         """Adjacent vectors whose sums are merged: a power of two that spans at most two channels; 0: none are."""
         if self.lookup == "element":
@@ -77,6 +82,16 @@ class Plan:
         if self.segment:
             return 2 * self.columns * (self.across // self.segment)
         return self.columns * self.across * self.vector
+
+    @property
+    def unit(self) -> int:
+        """Elements that share a partial sum, but for the boundary between two channels."""
+        return self.segment * self.vector or 1
+
+    @property
+    def touched(self) -> int:
+        """At most how many segments hold elements of one channel in one copy of the period."""
+        return -(-self.inner // self.unit) + 1
 
     @property
     def wide(self) -> bool:
@@ -101,7 +116,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def channel_layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
-    """(channels, inner) of a dense tensor with its channels in dim 1: the channel of position p is p // inner % channels."""
+    """(channels, inner) of a dense tensor: position p of its memory is in channel p // inner % channels."""
     if len(shape) < 2 or shape[1] == 1:
         return 1, max(math.prod(shape), 1)
     return shape[1], strides[1]

@@ -13,8 +13,10 @@ from .traffic import launch_metadata
 
 
 @triton.jit
-def _channel_values(pointer, first, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The parameter of each element: ``first`` (1, 1, G, 1) is the position in the row of each vector's first element."""
+def _channel_values(
+    pointer, first, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """The parameter of each element: ``first`` (1, 1, G, 1) is the place in the row of each vector's first element."""
     if LOOKUP == "one":
         value = tl.load(pointer).to(COMPUTE)
     else:
@@ -166,12 +168,12 @@ def forward(
     _forward(input + at, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
     if TAIL:
         if tl.program_id(0) == 0:
-            vector, first, mask = _tail(vectors, tail, tail_at, V, WIDE)
-            shift, slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
+            last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
+            last_shift, last_slope = _parameters(
+                bias, weight, seed, lower, upper, channels, inner, last, first, ragged,
                 RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
-            _forward(input, out, shift, slope, vector * V + j, mask, RULE, BIAS, COMPUTE)
+            _forward(input, out, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE)
 
 
 @triton.jit
@@ -228,15 +230,13 @@ def _backward(
 ):
     """Stores grad_input; returns what grad_bias and grad_weight sum, 0 where ``mask`` is off."""
     dy = tl.load(grad + offset, mask=mask, other=0).to(COMPUTE)
-    z = tl.load(saved + offset, mask=mask, other=1).to(COMPUTE)
+    # Lanes without an element: no gradient, and infinite, so that any finite bias leaves them on the positive side.
+    z = tl.load(saved + offset, mask=mask, other=float("inf")).to(COMPUTE)
     if BIAS != "":
         # Lanes without an element count as positive, so that no slope (inf among them) reaches the sums.
         z += shift
     dx = _derivative(dy, z, slope, RULE)
     tl.store(grad_input + offset, dx.to(grad_input.dtype.element_ty), mask=mask)
-    if BIAS != "":
-        # Lanes without an element count as positive, so that no slope (inf among them) reaches the sums.
-        pass
     return dx, tl.where(_is_negative(z, RULE), dy * z, 0.0)
 
 
@@ -281,14 +281,14 @@ def backward(
         )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:
-            vector, first, mask = _tail(vectors, tail, tail_at, V, WIDE)
-            shift, slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
+            last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
+            last_shift, last_slope = _parameters(
+                bias, weight, seed, lower, upper, channels, inner, last, first, ragged,
                 RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
-            dx, dw = _backward(
-                grad, saved, grad_input, shift, slope, vector * V + j, mask, RULE, BIAS, COMPUTE
+            last_dx, last_dw = _backward(
+                grad, saved, grad_input, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE
             )  # fmt: skip
             if SUMS > 0:
-                values = tl.reshape(_summands(dx, dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)
+                values = tl.reshape(_summands(last_dx, last_dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)
                 tl.store(tails + tl.arange(0, V * SUMS), values)

@@ -6,24 +6,24 @@ import triton.language as tl
 
 @triton.jit
 def finish(
-    partials, tails, first, second, channels, inner, copies, chunks, entries, stride, segments, tail_at, tail,
+    partials, tails, first, second, channels, inner, copies, chunks, entries, stride, touched, tail, tail_at,
     UNIT: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, SUMS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """out[c] = the sum of channel c over chunks, copies of the period in a row, and its segments.
 
     UNIT: elements a segment, STEP: partials a segment (2: its first channel's and the next one's; 1: columns).
-    ``segments`` bounds how many segments one channel touches in one copy, the one it shares with its predecessor included.
+    ``touched`` bounds how many segments one channel touches in one copy, that shared with its predecessor included.
     """
     c = tl.program_id(0)
     which = tl.program_id(1).to(tl.int64)
     partials += which * stride
     if WIDE:
         c = c.to(tl.int64)
-    per_copy = tl.cast(segments, tl.uint32)
+    per_copy = tl.cast(touched, tl.uint32)
     per_chunk = tl.cast(copies, tl.uint32)
     acc = tl.zeros((BLOCK,), COMPUTE)
-    for begin in range(0, chunks * copies * segments, BLOCK):
+    for begin in range(0, chunks * copies * touched, BLOCK):
         t = (begin + tl.arange(0, BLOCK)).to(tl.uint32)
         k = (t % per_copy).to(tl.int32)
         copy = (t // per_copy % per_chunk).to(tl.int32)

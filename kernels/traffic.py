@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..rectifiers import saves_output
+
 RANDOM = ("rrelu", "rrelu_divisor")
 SEED = 8
-# Floating-point operations an element beyond the bias's addition: the comparison, and the slope's product. A random slope
-# is one fma of its word; the divisor law divides too. Philox is integer work and counts as none.
+# Floating-point operations an element beyond the bias's addition: the comparison, and the slope's product. A random
+# slope is one fma of its word; the divisor law divides too. Philox is integer work and counts as none.
 _RULE_FLOPS = {"relu": 1, "leaky_relu": 2, "prelu": 2, "rrelu": 4, "rrelu_divisor": 5}
 
 
@@ -31,13 +33,15 @@ class Traffic:
         return self.read + self.written
 
 
-def saves_output(rule: str, lower: float) -> bool:
-    """Whether backward reads the output (sign(output) = sign(z)) and so needs no bias."""
-    return rule in ("relu", "rrelu_divisor") or (rule in ("leaky_relu", "rrelu") and lower >= 0)
-
-
 def forward(
-    rule: str, size: int, itemsize: int, *, bias: int = 0, weight: int = 0, parameter_itemsize: int = 0, lower: float = 0.0
+    rule: str,
+    size: int,
+    itemsize: int,
+    *,
+    bias: int = 0,
+    weight: int = 0,
+    parameter_itemsize: int = 0,
+    lower: float = 0.0,
 ) -> Traffic:
     """out = rectify(input + bias) of ``size`` elements of ``itemsize`` bytes.
 
