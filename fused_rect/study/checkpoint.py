@@ -1,0 +1,51 @@
+"""A run's state on disk, written whole or not at all, so that a run killed at any moment goes on from the last one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Through a file beside it that replaces it once it is on the disk: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    _write(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, identity: str) -> dict[str, Any] | None:
+    """The state at ``path``, None where there is none. ValueError for the checkpoint of another run."""
+    if not path.is_file():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state["identity"] != identity:
+        raise ValueError(
+            f"{path} is the checkpoint of a run with other settings, data or number of processes; "
+            "name another folder with --out, or delete it"
+        )
+    return state
+
+
+def save_json(path: Path, value: Any) -> None:
+    _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value

@@ -1,0 +1,102 @@
+"""The report's two figures as SVG text that takes its colours from the page, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from . import statistics
+from .variants import VARIANTS
+
+# Stand-ins that matplotlib writes into the SVG and that become the page's CSS variables.
+_INK, _GRID = "#010101", "#020202"
+_SERIES = {key: f"#0300{i:02d}" for i, key in enumerate(VARIANTS, 10)}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fused_rect",
+    "font.size": 11,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), "-")
+PANELS = (
+    ("train_loss", "Training log-loss, as the updates saw it"),
+    ("test_loss", "Log-loss reported on, eval mode"),
+    ("test_error", "Error reported on, eval mode"),
+)
+
+
+def learning_curves(runs: list[dict[str, Any]]) -> str:
+    """Means over seeds with 95 % intervals, one panel a figure."""
+    frame = pd.DataFrame([{"variant": r["variant"], **entry} for r in runs for entry in r["history"]])
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+        for axis, (column, title) in zip(axes, PANELS):
+            for i, key in enumerate(statistics.order(frame)):
+                rows = frame[(frame["variant"] == key) & frame[column].notna()]
+                grouped = rows.groupby("epoch")[column]
+                means, bounds = grouped.mean(), np.array([statistics.interval(g) for _, g in grouped])
+                axis.plot(
+                    means.index, means, color=_SERIES[key], linestyle=_DASHES[i], linewidth=1.8,
+                    marker="o", markersize=3, label=VARIANTS[key].label,
+                )  # fmt: skip
+                axis.fill_between(means.index, bounds[:, 0], bounds[:, 1], color=_SERIES[key], alpha=0.12, linewidth=0)
+            axis.set_title(title, fontsize=11, loc="left")
+            axis.set_xlabel("epoch")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        return _svg(figure, "curves")
+
+
+def differences(frame: pd.DataFrame) -> str:
+    """Each variant against the first (ReLU): every seed's difference as a dot, the mean with its 95 % interval."""
+    first, *others = statistics.order(frame)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(12, 0.62 * len(others) + 1.3), sharey=True, layout="constrained")
+        for axis, metric in zip(axes, statistics.METRICS):
+            wide = frame.pivot(index="seed", columns="variant", values=metric) * (100 if metric == "test_error" else 1)
+            for row, key in enumerate(others):
+                d = (wide[key] - wide[first]).to_numpy()
+                low, high = statistics.interval(d)
+                color = _SERIES[key]
+                axis.plot(d, np.full(len(d), row + 0.22), ".", color=color, alpha=0.45, markersize=5)
+                axis.plot([low, high], [row, row], color=color, linewidth=2.5, solid_capstyle="round")
+                axis.plot(d.mean(), row, "o", color=color, markersize=7)
+            axis.axvline(0, color=_INK, linewidth=1)
+            axis.set_yticks(range(len(others)), [VARIANTS[key].label for key in others])
+            axis.set_ylim(len(others) - 0.45, -0.45)
+            unit = " (percentage points)" if metric == "test_error" else ""
+            axis.set_xlabel(f"{statistics.METRICS[metric]} − that of {VARIANTS[first].label}{unit}")
+            axis.grid(axis="y", visible=False)
+        return _svg(figure, "differences")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Inline SVG; identifiers get the figure's name, since a page's ids must differ."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for i, color in enumerate(_SERIES.values(), 1):
+        text = text.replace(color, f"var(--series-{i})")
+    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
