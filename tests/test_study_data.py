@@ -1,5 +1,6 @@
-"""Loaders on small files in the data sets' own formats, on the real ones that are installed, and pickles that must not run."""
+"""Loaders on small files in the data sets' own formats and on the real ones here; pickles that must not run."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -76,7 +77,7 @@ class Runs:
         np.array([object], dtype=object),
         np.array([(1, 2)], dtype=[("a", "i4"), ("b", "i4")]),
         np.array(["text"]),
-        np.matrix([[1]]),
+        np.ma.masked_array([1], [True]),
         {1, 2},
     ],
     ids=repr,
@@ -98,10 +99,8 @@ def test_nothing_runs(tmp_path):
 def test_damaged_pickles_are_refused_not_crashes(noise, cut):
     whole = pickle.dumps({b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), b"labels": [1, 2]}, 2)
     for text in (noise, whole[:cut], whole[:cut] + noise):
-        try:
+        with contextlib.suppress(archives.UnsafePickle):
             archives.loads(text)
-        except archives.UnsafePickle:
-            pass
 
 
 # ---- CIFAR in all its forms ----
@@ -252,7 +251,10 @@ def test_not_idx(text, tmp_path):
 def test_real_fashion_mnist():
     found = data.load("fashion-mnist")
     assert found.train_images.shape == (60_000, 1, 28, 28) and found.test_images.shape == (10_000, 1, 28, 28)
-    assert np.bincount(found.train_labels).tolist() == [6000] * 10 and np.bincount(found.test_labels).tolist() == [1000] * 10
+    assert (
+        np.bincount(found.train_labels).tolist() == [6000] * 10
+        and np.bincount(found.test_labels).tolist() == [1000] * 10
+    )
 
 
 # ---- folders, digits, resizing ----
@@ -274,8 +276,8 @@ def test_ndsb(tmp_path):
     (tmp_path / "train" / "copepod" / "1.jpg").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"1\.jpg"):
         data.ndsb(tmp_path, side=16, train=4)
-    with pytest.raises(DataError, match="6|25000"):
-        (tmp_path / "train" / "copepod" / "1.jpg").unlink()
+    (tmp_path / "train" / "copepod" / "1.jpg").unlink()
+    with pytest.raises(DataError, match="5 images, not more than the 25000"):
         data.ndsb(tmp_path, side=16)
 
 

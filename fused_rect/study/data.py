@@ -114,7 +114,7 @@ def ndsb(root: Path | None = None, side: int = 70, train: int = NDSB_TRAIN) -> D
 
 def digits(root: Path | None = None) -> Dataset:
     """scikit-learn's digits: 1,297 for training, 500 for testing, drawn once by a fixed seed."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]

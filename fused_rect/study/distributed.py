@@ -66,6 +66,15 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def gathered(values: Tensor) -> Tensor:
+    """The tensors of all ranks, (ranks, ...)."""
+    if not dist.is_initialized():
+        return values[None]
+    everyone = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(everyone, values)
+    return torch.stack(everyone)
+
+
 def from_first(value: Any) -> Any:
     """Rank 0's value on every rank, so that machines need not share a disk."""
     if dist.is_initialized():
@@ -80,6 +89,6 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, [device.index])
     return nn.parallel.DistributedDataParallel(model)

@@ -95,7 +95,7 @@ def _svg(figure: Figure, name: str) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     text = file.getvalue()
-    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for i, color in enumerate(_SERIES.values(), 1):
         text = text.replace(color, f"var(--series-{i})")
     text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")

@@ -76,13 +76,12 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.history = state["step"], state["history"]
-            # Each rank's sums went into one; the first rank carries it on.
-            self.sums = state["sums"].to(self.device) if distributed.rank() == 0 else torch.zeros_like(self.sums)
+            self.sums = state["sums"][distributed.rank()].to(self.device)
         self.parallel = distributed.parallel(self.model, self.device)
         return state is not None
 
     def save(self) -> None:
-        sums = distributed.total(self.sums.clone())
+        sums = distributed.gathered(self.sums)
         if distributed.rank() == 0:
             state = {
                 "identity": self.identity, "step": self.step, "history": self.history, "sums": sums.cpu(),
@@ -115,7 +114,7 @@ class Run:
         loss = F.cross_entropy(scores.float(), labels, reduction="sum")
         # DDP averages over ranks: the sum over the global batch divided by its exact size.
         scaled = loss * (distributed.world_size() / len(positions))
-        self.scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(scaled).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.sums += counts(loss.detach(), scores.detach(), labels)
