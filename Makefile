@@ -1,10 +1,10 @@
-# `make demo` and `make test` set up .venv on first use and do nothing again when it is there.
+# `make demo`, `make study` and `make test` set up .venv on first use and do nothing again when it is there.
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= demo,models,perf,study,test
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo study test test-all lint clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(VENV)/bin/fused-rect demo
+
+# Minutes on two cores; STUDY passes options on, e.g. make study STUDY="--seeds 20 --out study-20".
+study: setup
+	$(VENV)/bin/fused-rect study $(STUDY)
 
 lint: setup
 	$(RUN) -m ruff check .
