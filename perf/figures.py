@@ -1,0 +1,108 @@
+"""The figures of one compiled launch, from its machine code and its plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import amdgcn, roofline, sass
+from .code import Code, Instruction, classes
+from .compiling import Case, Launch, launches
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Counts are an element of the main path, of a thread or of a program, as named; bytes throughout."""
+
+    kernel: str  # "forward", "backward" or "finish"
+    elements: int  # a thread does
+    instructions: float  # an element, everything a thread does
+    body: float  # an element, without the prologue
+    by_class: dict[str, float]  # an element
+    registers: int
+    spills: int  # a thread
+    shared: int  # a program
+    barriers: int  # a program
+    looped: int  # shared-memory, barrier and call instructions inside loops
+    calls: int
+    load: int
+    store: int
+    in_flight: int  # loads under way a thread
+    bytes_per_element: float
+    programs: int
+    rows: int  # a program
+    threads: int  # a program
+    fraction: float | None = None  # of the memory roofline, predicted; None for a target without a model
+    bound: str = ""
+    resident: int = 0  # programs a multiprocessor
+    in_flight_sm: int = 0  # loads under way a multiprocessor
+
+    @property
+    def wide_multiplies(self) -> float:
+        return self.by_class.get("wide multiply", 0.0)
+
+
+def of_case(case: Case) -> list[dict[str, Any]]:
+    """The figures of each distinct kernel that ``case`` launches, as plain data: it crosses processes."""
+    found = {launch.name: launch for launch in launches(case)}
+    return [asdict(of_launch(case, launch)) for launch in found.values()]
+
+
+def of_launch(case: Case, launch: Launch) -> Figures:
+    code = read(launch)
+    path = code.main_path()
+    k = launch.constants
+    rows = k.get("DEPTH", 1) * k.get("DOWN", 1)
+    elements = max(1, rows * k.get("ACROSS", 1) * k["V"] // launch.threads) if "ACROSS" in k else 1
+    prediction = _prediction(case, launch, code, path, elements)
+    return Figures(
+        kernel=launch.name,
+        elements=elements,
+        instructions=len(path) / elements,
+        body=len(code.body()) / elements,
+        by_class={kind: n / elements for kind, n in sorted(classes(path).items())},
+        registers=code.registers,
+        spills=code.spills,
+        shared=code.shared,
+        barriers=sum(i.kind == "barrier" for i in path),
+        looped=sum(i.kind in ("shared", "barrier", "call") for loop in code.loops() for i in loop),
+        calls=sum(i.kind == "call" for i in code.instructions),
+        load=code.widest("load"),
+        store=code.widest("store"),
+        in_flight=code.in_flight(),
+        bytes_per_element=launch.bytes / case.size,
+        programs=launch.grid[0],
+        rows=rows,
+        threads=launch.threads,
+        **prediction,
+    )
+
+
+def read(launch: Launch) -> Code:
+    shared = launch.kernel.metadata.shared
+    if "cubin" in launch.kernel.asm:
+        return sass.read(launch.kernel.asm["cubin"], launch.name, shared)
+    return amdgcn.parse(launch.kernel.asm["amdgcn"], launch.name, shared)
+
+
+def _prediction(case: Case, launch: Launch, code: Code, path: list[Instruction], elements: int) -> dict[str, Any]:
+    gpu = roofline.GPUS.get(case.target)
+    if gpu is None or launch.name == "finish":
+        return {}
+    found = roofline.predict(
+        gpu,
+        path,
+        elements=elements,
+        bytes_per_element=launch.bytes / case.size,
+        threads=launch.threads,
+        registers=code.registers,
+        shared=code.shared,
+        in_flight=code.in_flight(),
+        programs=launch.grid[0],
+    )
+    return {
+        "fraction": found.fraction,
+        "bound": found.bound,
+        "resident": found.resident,
+        "in_flight_sm": found.in_flight,
+    }
