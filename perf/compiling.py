@@ -1,9 +1,7 @@
-"""Compiles what the launches of `kernels/launch.py` would run, for any target, on any machine, GPU or not.
+"""Compiles the kernels of a training step for any target, on any machine, GPU or not.
 
-The launches themselves are called, on meta tensors, with Triton's `run` replaced by one that compiles and notes instead
-of launching. So what is inspected is what would run: the same plan, specialization and options. It has to happen in a
-process of its own (`in_processes`): Triton's active driver is replaced, and TRITON_INTERPRET has to be unset before a
-kernel is decorated.
+Compiling happens in processes of its own (`in_processes`), because TRITON_INTERPRET has to be unset before a kernel is
+decorated, and because two of them are faster. Triton's disk cache keeps what has been compiled before.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 RECTIFIERS = ("relu", "leaky_relu", "prelu", "rrelu", "rrelu_divisor")
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("nchw", "channels_last")
-BOUNDS = {"leaky_relu": (0.01, 0.01), "rrelu": (1 / 8, 1 / 3), "rrelu_divisor": (3.0, 8.0)}
+NAMES = {"nchw": "contiguous", "channels_last": "channels_last"}
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel that ``case`` launches, compiled."""
+    """One kernel that a case launches, compiled."""
 
+    variant: Any  # kernels/variants.py's
     kernel: Any  # triton's CompiledKernel
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
-    bytes: int  # of its tensor arguments, each read or written once
+    bytes: int  # that it reads and writes, its partial sums included
 
     @property
     def name(self) -> str:
+        """ "forward", "backward" or "finish"."""
         return str(self.kernel.name)
+
+    @property
+    def programs(self) -> int:
+        return prod(self.variant.grid)
 
     @property
     def threads(self) -> int:
@@ -69,55 +71,33 @@ def gpu_target(name: str) -> Any:
     raise ValueError(f"target must be like sm_90 or gfx942, got {name!r}")
 
 
-class _Device:
-    """As much of a Triton driver as compiling asks for; the device's number keeps the targets' caches apart."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_current_device(self) -> str:
-        return self.name
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return gpu_target(self.name)
-
-
 def launches(case: Case) -> list[Launch]:
-    """What ``case`` launches, compiled: its forward, its backward and the finishing sums, in that order."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    """What ``case`` launches, compiled: its forward, its backward and the finishing sum, in that order."""
+    import triton
 
-    from fused_rect.kernels import launch
+    from fused_rect.kernels import variants
 
-    noted: list[Launch] = []
-    run = JITFunction.run
-
-    def note(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(function, *args, grid=grid, warmup=True, **options)
-        noted.append(Launch(kernel, tuple(grid), options, sum(a.nbytes for a in args if isinstance(a, torch.Tensor))))
-        return kernel
-
-    x, bias, weight, seed = _tensors(case)
-    lower, upper = BOUNDS.get(case.rectifier, (0.0, 0.0))
-    driver.set_active(_Device(case.target))
-    with mock.patch.object(JITFunction, "run", note):
-        launch.forward(x, bias, weight, seed, case.rectifier, lower, upper, x)
-        need_weight = weight is not None
-        launch.backward(x, x, bias, weight, seed, case.rectifier, lower, upper, x, True, need_weight)
-    return noted
+    dtype, target = getattr(torch, case.dtype), gpu_target(case.target)
+    arguments = case.rectifier, dtype, case.shape, NAMES[case.layout]
+    found = [variants.forward(*arguments), *variants.backward(*arguments)]
+    return [
+        Launch(v, triton.compile(v.source(), target=target, options=v.options), moved)
+        for v, moved in zip(found, _bytes(case, found[1].plan, dtype.itemsize))
+    ]
 
 
-def _tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    dtype = getattr(torch, case.dtype)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = last[len(case.shape)] if case.layout == "channels_last" else torch.contiguous_format
-    x = torch.empty(case.shape, dtype=dtype, device="meta", memory_format=memory_format)
-    parameter = torch.empty(case.shape[1], dtype=dtype, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.rectifier.startswith("rrelu") else None
-    return x, parameter, parameter if case.rectifier == "prelu" else None, seed
+def _bytes(case: Case, plan: Any, itemsize: int) -> tuple[int, int, int]:
+    """What forward, backward and finishing sum move: the least that the call needs, and the partial sums."""
+    from fused_rect.kernels import traffic
+
+    learned = case.rectifier == "prelu"
+    channels = case.shape[1]
+    call = case.rectifier, case.size, itemsize
+    weight = channels if learned else 0
+    sums = 1 + learned
+    finish = traffic.finish(sums * plan.chunks * plan.entries, sums * channels, out_itemsize=itemsize)
+    backward = traffic.backward(*call, bias=channels, weight=weight, sum_bias=True, sum_weight=learned)
+    return traffic.forward(*call, bias=channels, weight=weight).bytes, backward.bytes + finish.read, finish.bytes
 
 
 T = TypeVar("T")

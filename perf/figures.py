@@ -44,16 +44,16 @@ class Figures:
 
 def of_case(case: Case) -> list[dict[str, Any]]:
     """The figures of each distinct kernel that ``case`` launches, as plain data: it crosses processes."""
-    found = {launch.name: launch for launch in launches(case)}
-    return [asdict(of_launch(case, launch)) for launch in found.values()]
+    return [asdict(of_launch(case, launch)) for launch in launches(case)]
 
 
 def of_launch(case: Case, launch: Launch) -> Figures:
     code = read(launch)
     path = code.main_path()
-    k = launch.constants
-    rows = k.get("DEPTH", 1) * k.get("DOWN", 1)
-    elements = max(1, rows * k.get("ACROSS", 1) * k["V"] // launch.threads) if "ACROSS" in k else 1
+    plan = launch.variant.plan
+    rows = plan.depth * plan.lanes_down
+    # The finishing sum has no elements of the tensor: its counts are a thread's, loops taken once.
+    elements = 1 if launch.name == "finish" else max(1, rows * plan.across * plan.vector // launch.threads)
     prediction = _prediction(case, launch, code, path, elements)
     return Figures(
         kernel=launch.name,
@@ -71,7 +71,7 @@ def of_launch(case: Case, launch: Launch) -> Figures:
         store=code.widest("store"),
         in_flight=code.in_flight(),
         bytes_per_element=launch.bytes / case.size,
-        programs=launch.grid[0],
+        programs=launch.programs,
         rows=rows,
         threads=launch.threads,
         **prediction,
@@ -98,7 +98,7 @@ def _prediction(case: Case, launch: Launch, code: Code, path: list[Instruction],
         registers=code.registers,
         shared=code.shared,
         in_flight=code.in_flight(),
-        programs=launch.grid[0],
+        programs=launch.programs,
     )
     return {
         "fraction": found.fraction,
