@@ -4,7 +4,7 @@ VENV ?= .venv
 EXTRAS ?= demo,models,perf,study,test
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo study test test-all lint clean
+.PHONY: setup demo study test test-all mutants gpu-check lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,14 @@ test: lint
 
 test-all: lint
 	$(RUN) -m pytest -n 2
+
+# Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; about 20 minutes on two cores.
+mutants: setup
+	$(RUN) tests/mutation.py $(MUTANTS)
+
+# On a machine with a GPU: kernels, tests, times, CUDA graphs, compute-sanitizer; writes perf/results/.
+gpu-check: setup
+	$(RUN) -m fused_rect.perf.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

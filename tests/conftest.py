@@ -35,3 +35,14 @@ def path(request):
             pytest.skip(f"no native path: {cpu.reason()}")
     with fr.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(request):
+    """Where the Triton path alone is tested and there is a GPU, tests of its kernels make their tensors on it."""
+    machine = request.config.pluginmanager.hasplugin("ptxgpu.plugin")
+    if FORCED == "triton" and torch.cuda.is_available() and not machine and request.node.get_closest_marker("ptx"):
+        with torch.device("cuda"):
+            yield
+    else:
+        yield

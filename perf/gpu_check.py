@@ -1,0 +1,363 @@
+"""`make gpu-check`: what only a GPU can show, in one command, as one JSON and one Markdown file in perf/results/.
+
+The Triton kernels against the eager path on the CPU, the tests that reach them, times against eager torch and
+torch.compile, RReLU's training step captured in a CUDA graph, and compute-sanitizer where it is installed. A step that
+raises is reported as failed and the others still run. Without a GPU: says so and exits with 2.
+
+    python -m fused_rect.perf.gpu_check [--results FOLDER] [--only STEP ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_rect as fr
+from fused_rect import eager, rectifiers
+
+from . import roofline
+from .compiling import RECTIFIERS
+from .measure import Case, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+BOUNDS = {"leaky_relu": (0.1, 0.1), "rrelu": (1 / 8, 1 / 3), "rrelu_divisor": (3.0, 8.0)}
+DTYPES = ("float32", "bfloat16", "float16")
+SHAPES = ((2, 3, 5, 7), (4, 51, 29, 31), (1, 64, 56, 56), (8, 96, 28, 28), (33, 10))
+MEASURED = (32, 64, 128, 128)  # 33.6M elements: no cache holds it
+Report = dict[str, Any]
+
+
+# ---- the kernels against the eager path ----
+
+
+def agreement(device: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Report:
+    """Forward, grad_input and the sums of the fused kernels on ``device``, against the eager path on the CPU."""
+    rows = [
+        _differences(*case, device=device)
+        for case in product(RECTIFIERS, DTYPES, ("contiguous", "channels_last"), shapes)
+        if case[2] == "contiguous" or len(case[3]) == 4
+    ]
+    worst = {key: max(row[key] for row in rows) for key in ("forward", "grad_input", "sums")}
+    wrong = [row for row in rows if max(row["forward"], row["grad_input"], row["sums"]) > 1]
+    return {"ok": not wrong, "cases": len(rows), "worst, in tolerances": worst, "wrong": wrong}
+
+
+def _differences(rule: str, dtype: str, layout: str, shape: tuple[int, ...], device: str) -> Report:
+    """The largest differences over what is allowed: two roundings of the dtype, for sums those of float32 adding."""
+    generator = torch.Generator().manual_seed(0)
+    number = getattr(torch, dtype)
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, g = (torch.randn(shape, generator=generator).to(number).contiguous(memory_format=memory) for _ in range(2))
+    bias, weight = (torch.randn(shape[1], generator=generator).to(number) for _ in range(2))
+    seed = torch.tensor([-1234567890123456789])
+    arguments = rule, *BOUNDS.get(rule, (0.0, 0.0))
+
+    def call(module: Any, where: str) -> list[Tensor]:
+        on = {"x": x, "g": g, "bias": bias, "weight": weight, "seed": seed}
+        on = {name: tensor.to(where) for name, tensor in on.items()}
+        learned = on["weight"] if rule == "prelu" else None
+        out, grad_input = torch.empty_like(on["x"]), torch.empty_like(on["x"])
+        module.forward(on["x"], on["bias"], learned, on["seed"], *arguments, out)
+        saved = out if rectifiers.saves_output(rule, arguments[1]) else on["x"]
+        sums = module.backward(
+            on["g"], saved, on["bias"], learned, on["seed"], *arguments, grad_input, True, rule == "prelu"
+        )
+        return [t.cpu() for t in (out, grad_input, *sums) if t is not None]
+
+    with fr.backend("triton"):
+        fused = call(fr.backends.resolve(torch.device(device).type), device)
+    expected = call(eager, "cpu")
+    step = torch.finfo(number).eps
+    counted = x.numel() // shape[1]
+    over = [
+        float(((a.double() - b.double()).abs() / (2 * step * b.double().abs() + scale)).max())
+        for a, b, scale in zip(fused, expected, [1e-6, 1e-6, *[2e-6 * counted**0.5 + 1e-6] * 2])
+    ]
+    names = {"rule": rule, "dtype": dtype, "layout": layout, "shape": list(shape)}
+    return {**names, "forward": over[0], "grad_input": over[1], "sums": max(over[2:])}
+
+
+# ---- the tests ----
+
+
+def suite() -> Report:
+    """The tests that reach Triton kernels, with the kernels compiled for the GPU and tensors on it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "ptx", "tests"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environment, "FUSED_RECT_BACKEND": "triton"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines()
+    return {"ok": done.returncode == 0, "summary": lines[-1:], "failed": [s for s in lines if s.startswith("FAILED")]}
+
+
+# ---- times ----
+
+
+def calls(rule: str, dtype: str, shape: Sequence[int], training: bool, device: str) -> dict[str, Callable[[], Any]]:
+    """bias + rectifier, forward or forward and backward: ours, eager torch and torch.compile. Built for `measure`."""
+    number = getattr(torch, dtype)
+    x = torch.randn(*shape, device=device).to(number).requires_grad_(training)
+    bias = torch.randn(shape[1], device=device).to(number).requires_grad_(training)
+    weight = torch.full((shape[1],), 0.25, device=device).to(number).requires_grad_(training)
+    lower, upper = BOUNDS.get(rule, (0.0, 0.0))
+
+    def ours() -> Tensor:
+        if rule == "relu":
+            return fr.functional.bias_relu(x, bias)
+        if rule == "leaky_relu":
+            return fr.functional.bias_leaky_relu(x, bias, lower)
+        if rule == "prelu":
+            return fr.functional.bias_prelu(x, bias, weight)
+        return fr.functional.bias_rrelu(x, bias, lower, upper, True)
+
+    def plain() -> Tensor:
+        z = x + bias.view(-1, 1, 1)
+        if rule == "relu":
+            return F.relu(z)
+        if rule == "leaky_relu":
+            return F.leaky_relu(z, lower)
+        return F.prelu(z, weight) if rule == "prelu" else F.rrelu(z, lower, upper, True)
+
+    g = torch.randn(*shape, device=device).to(number)
+
+    def step(function: Callable[[], Tensor]) -> Callable[[], Any]:
+        if not training:
+            return torch.no_grad()(function)
+        leaves = [x, bias, weight] if rule == "prelu" else [x, bias]
+        return lambda: torch.autograd.grad(function(), leaves, g)
+
+    return {"fused": step(ours), "eager": step(plain), "torch.compile": step(torch.compile(plain))}
+
+
+def profile(
+    device: str, dtypes: Sequence[str] = DTYPES, shape: Sequence[int] = MEASURED, processes: int = 3, rounds: int = 5
+) -> Report:
+    """Times of `calls`, and the bandwidth that the fused ones reach of the bytes that they have to move."""
+    wanted = list(product(("relu", "leaky_relu", "prelu", "rrelu"), dtypes, (False, True)))
+    cases = [
+        Case(
+            f"{rule} {dtype} {'forward and backward' if training else 'forward'}",
+            "fused_rect.perf.gpu_check:calls",
+            {"rule": rule, "dtype": dtype, "shape": list(shape), "training": training, "device": device},
+            device=device,
+        )
+        for rule, dtype, training in wanted
+    ]
+    rows = []
+    for case, (rule, dtype, training), samples in zip(
+        cases, wanted, measure(cases, processes=processes, rounds=rounds)
+    ):
+        moved = _moved(rule, dtype, shape, training)
+        rows.append(
+            {
+                "case": case.name,
+                "microseconds": {name: 1e6 * samples.time(name).value for name in samples.seconds},
+                "times faster than": {
+                    name: str(samples.ratio(name, "fused")) for name in samples.seconds if name != "fused"
+                },
+                "GB/s": moved / samples.time("fused").value / 1e9,
+                "absent": dict(samples.absent),
+            }
+        )
+    return {"ok": True, "shape": list(shape), "rows": rows}
+
+
+def _moved(rule: str, dtype: str, shape: Sequence[int], training: bool) -> int:
+    from fused_rect.kernels import traffic
+
+    size, item, channels = torch.Size(shape).numel(), getattr(torch, dtype).itemsize, shape[1]
+    call = rule, size, item
+    weight = channels if rule == "prelu" else 0
+    forward = traffic.forward(*call, bias=channels, weight=weight)
+    backward = traffic.backward(*call, bias=channels, weight=weight, sum_bias=True, sum_weight=rule == "prelu")
+    return forward.bytes + (backward.bytes if training else 0)
+
+
+# ---- CUDA graphs ----
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` captured after warm-up on a side stream; the function returned replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def replays(device: str, capture: Capture = cuda_graph) -> Report:
+    """A training step of convolution and RReLU, captured once and replayed: what each replay must do again.
+
+    Every replay has to draw other slopes, use the same ones in forward and backward, and move the weights.
+    """
+    conv = nn.Conv2d(3, 8, 3, padding=1).to(device)
+    assert conv.bias is not None
+    bias = conv.bias
+    optimizer = torch.optim.SGD(conv.parameters(), lr=1e-3)
+    x = torch.randn(4, 3, 16, 16, device=device)
+    y, z, slope = (torch.zeros(4, 8, 16, 16, device=device) for _ in range(3))
+
+    def step() -> None:
+        raw = F.conv2d(x, conv.weight, None, padding=1)
+        out = fr.functional.bias_rrelu(raw, bias, training=True)
+        slope.copy_(torch.autograd.grad(out.sum(), raw, retain_graph=True)[0])
+        y.copy_(out.detach())
+        z.copy_(raw.detach() + bias.detach().view(-1, 1, 1))
+        conv.weight.grad, bias.grad = torch.autograd.grad(out.square().mean(), (conv.weight, bias))
+        optimizer.step()
+
+    replay = capture(step)
+    slopes, weights, agree = [], [conv.weight.detach().clone()], []
+    for _ in range(3):
+        replay()
+        slopes.append(slope.clone())
+        weights.append(conv.weight.detach().clone())
+        agree.append(torch.allclose(y, z * slope, rtol=1e-5, atol=1e-6))
+    negative = [(a < 1) & (b < 1) for a, b in pairwise(slopes)]
+    outcome = {
+        "other slopes each replay": all(
+            float((a != b)[both].float().mean()) > 0.99 for (a, b), both in zip(pairwise(slopes), negative)
+        ),
+        "same slopes in backward": all(agree),
+        "weights move each replay": not any(torch.equal(a, b) for a, b in pairwise(weights)),
+    }
+    return {"ok": all(outcome.values()), **outcome}
+
+
+# ---- compute-sanitizer ----
+
+
+def sanitizer() -> Report:
+    """`agreement` on small shapes under memcheck, racecheck and initcheck."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"ok": None, "why": "compute-sanitizer is not on the PATH"}
+    code = "from fused_rect.perf.gpu_check import agreement as a; assert a('cuda', [(2, 3, 5, 7), (2, 24, 9, 8)])['ok']"
+    found = {}
+    for check in ("memcheck", "racecheck", "initcheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", code]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else the allocator's blocks hide overruns
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        found[check] = {"exit status": done.returncode, "summary": done.stdout.strip().splitlines()[-1:]}
+    return {"ok": all(check["exit status"] == 0 for check in found.values()), **found}
+
+
+# ---- the report ----
+
+STEPS: dict[str, Callable[[], Report]] = {
+    "agreement": lambda: agreement("cuda"),
+    "tests": suite,
+    "profile": lambda: profile("cuda"),
+    "CUDA graph": lambda: replays("cuda"),
+    "compute-sanitizer": sanitizer,
+}
+
+
+def machine() -> Report:
+    major, minor = torch.cuda.get_device_capability()
+    import triton
+
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "capability": f"sm_{major}{minor}",
+        "CUDA": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "fused_rect": fr.__version__,
+    }
+
+
+def check(steps: dict[str, Callable[[], Report]]) -> Report:
+    """Each step's outcome; one that raises has failed, with what it raised."""
+    report: Report = {}
+    for name, step in steps.items():
+        start = time.monotonic()
+        try:
+            report[name] = step()
+        except Exception as error:
+            report[name] = {"ok": False, "raised": f"{type(error).__name__}: {error}"}
+        report[name]["seconds"] = round(time.monotonic() - start, 1)
+        print(f"{name}: {_verdict(report[name])} ({report[name]['seconds']} s)", flush=True)
+    return report
+
+
+def _verdict(step: Report) -> str:
+    return {True: "ok", False: "FAILED", None: "not run"}[step["ok"]]
+
+
+def markdown(where: Report, report: Report) -> str:
+    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in where.items()), ""]
+    lines += ["| step | outcome | seconds |", "|---|---|---|"]
+    lines += [f"| {name} | {_verdict(step)} | {step['seconds']} |" for name, step in report.items()]
+    for name, step in report.items():
+        lines += ["", f"## {name}", ""]
+        rows = step.get("rows")
+        lines += [f"- {key}: {value}" for key, value in step.items() if key not in ("ok", "seconds", "rows")]
+        if rows:
+            lines += ["", *_times(rows, where.get("capability", ""))]
+    return "\n".join(lines) + "\n"
+
+
+def _times(rows: Iterable[Report], capability: str) -> list[str]:
+    gpu = roofline.GPUS.get(capability)
+    share = f" | of {gpu.name}'s {gpu.bandwidth / 1e12:.2f} TB/s" if gpu else ""
+    head = f"| case | fused, us | eager / fused | torch.compile / fused | GB/s{share} |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in rows:
+        faster = row["times faster than"]
+        part = f" | {1e9 * row['GB/s'] / gpu.bandwidth:.2f}" if gpu else ""
+        others = " | ".join(faster.get(name, "absent") for name in ("eager", "torch.compile"))
+        lines.append(f"| {row['case']} | {row['microseconds']['fused']:.1f} | {others} | {row['GB/s']:.0f}{part} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"gpu-check needs a CUDA GPU and torch {torch.__version__} sees none; nothing was run.", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)
+    where = machine()
+    report = check({name: STEPS[name] for name in options.only})
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = f"gpu-check-{where['capability']}-{time.strftime('%Y-%m-%d')}"
+    (options.results / f"{name}.json").write_text(json.dumps({"machine": where, "steps": report}, indent=1) + "\n")
+    (options.results / f"{name}.md").write_text(markdown(where, report))
+    print(f"{options.results / name}.json and .md")
+    return int(any(step["ok"] is False for step in report.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

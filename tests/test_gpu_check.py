@@ -1,0 +1,138 @@
+"""The GPU check, as far as a machine without a GPU can try it: each step's logic, the report, and the refusal."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+import fused_rect as fr
+from fused_rect.perf import gpu_check
+
+
+@pytest.fixture
+def interpreted():
+    """Triton's interpreter, where the kernels run on CPU tensors."""
+    import triton
+
+    from fused_rect.kernels import rectify
+
+    if isinstance(rectify.forward, triton.JITFunction) and not torch.cuda.is_available():
+        pytest.skip("the kernels are not interpreted in this run")
+
+
+def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--results", str(tmp_path / "results")]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.ptx
+def test_the_kernels_agree_with_the_eager_path(interpreted):
+    found = gpu_check.agreement("cpu", [(2, 3, 5, 7)])
+    assert not found["wrong"], found["wrong"][0]  # the interpreter truncates to bfloat16: within two roundings
+    assert found["ok"] and found["cases"] == 30
+
+
+@pytest.mark.ptx
+def test_a_kernel_that_is_wrong_is_found(interpreted, monkeypatch):
+    right = gpu_check.eager.forward
+
+    def wrong(input, bias, weight, seed, op, lower, upper, out):
+        right(input, bias, weight, seed, op, lower, upper, out)
+        out[-1] += 0.05
+
+    monkeypatch.setattr(gpu_check.eager, "forward", wrong)
+    found = gpu_check.agreement("cpu", [(2, 3, 5, 7)])
+    assert not found["ok"] and found["worst, in tolerances"]["forward"] > 1
+
+
+def again(step):
+    """What a correct capture amounts to."""
+    step()
+    return step
+
+
+def test_replays_of_a_training_step_are_checked():
+    with fr.backend("eager"):
+        assert gpu_check.replays("cpu", again) == {
+            "ok": True,
+            "other slopes each replay": True,
+            "same slopes in backward": True,
+            "weights move each replay": True,
+        }
+
+
+def test_a_seed_that_freezes_in_the_graph_is_found():
+    def frozen(step):
+        def replay():
+            torch.manual_seed(7)
+            step()
+
+        return replay
+
+    with fr.backend("eager"):
+        found = gpu_check.replays("cpu", frozen)
+    assert not found["ok"] and not found["other slopes each replay"] and found["same slopes in backward"]
+
+
+def test_a_graph_that_replays_nothing_is_found():
+    with fr.backend("eager"):
+        found = gpu_check.replays("cpu", lambda step: lambda: None)
+    assert not found["ok"] and not found["weights move each replay"]
+
+
+@pytest.mark.parametrize("rule", ["relu", "leaky_relu", "prelu", "rrelu"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_timed_is_the_same_computation(rule, training, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    torch.manual_seed(0)
+    calls = gpu_check.calls(rule, "float32", (2, 3, 4, 5), training, "cpu")
+    assert list(calls) == ["fused", "eager", "torch.compile"]
+    with fr.backend("eager"):
+        found = [call() for call in calls.values()]
+    if rule != "rrelu":  # which draws other slopes
+        torch.testing.assert_close(found[0], found[1])
+    assert [len(f) for f in found] == [len(found[0])] * 3
+
+
+def test_a_step_that_raises_has_failed_and_the_others_run(capsys):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    report = gpu_check.check({"broken": broken, "fine": lambda: {"ok": True}, "absent": lambda: {"ok": None}})
+    assert report["broken"]["raised"] == "RuntimeError: no such kernel"
+    assert [step["ok"] for step in report.values()] == [False, True, None]
+    assert "broken: FAILED" in capsys.readouterr().out
+
+
+def test_the_report_as_markdown():
+    row = {
+        "case": "relu float32 forward",
+        "microseconds": {"fused": 12.34, "eager": 24.0},
+        "times faster than": {"eager": "1.95 (1.94 to 1.96)"},
+        "GB/s": 1675.0,
+        "absent": {},
+    }
+    report = {"profile": {"ok": True, "seconds": 3.0, "rows": [row]}, "tests": {"ok": False, "seconds": 1.0}}
+    text = gpu_check.markdown({"GPU": "H100", "capability": "sm_90"}, report)
+    assert "| tests | FAILED | 1.0 |" in text
+    assert "| relu float32 forward | 12.3 | 1.95 (1.94 to 1.96) | absent | 1675 | 0.50 |" in text
+    table = [line for line in text.splitlines() if "relu float32" in line or "---|" in line or "fused, us" in line]
+    assert {line.count("|") for line in table[1:]} == {7}
+
+
+def test_results_are_written_and_failures_are_the_exit_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "machine", lambda: {"GPU": "none", "capability": "sm_90"})
+    outcomes = {name: (lambda: {"ok": True}) for name in gpu_check.STEPS}
+    monkeypatch.setattr(gpu_check, "STEPS", outcomes)
+    assert gpu_check.main(["--results", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("*.json")
+    assert set(json.loads(written.read_text())["steps"]) == set(outcomes)
+    assert written.with_suffix(".md").exists()
+    outcomes["tests"] = lambda: {"ok": False}
+    assert gpu_check.main(["--results", str(tmp_path), "--only", "tests"]) == 1
