@@ -36,7 +36,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from .memory import peak_live_bytes
+from .memory import kept_bytes, peak_live_bytes
 
 CONFIDENCE = 0.95
 Runs = Mapping[str, "Callable[[], Any] | str"]  # a call by name, or why there is none
@@ -46,8 +46,8 @@ Runs = Mapping[str, "Callable[[], Any] | str"]  # a call by name, or why there i
 class Case:
     """What one round compares: ``build``, as :func:`named` reads it, called with ``arguments`` (JSON) gives the calls.
 
-    device: where the calls run. threads: torch's number of them, 0 for its own choice. memory: note each call's peak
-    of live bytes too.
+    device: where the calls run. threads: torch's number of them, 0 for its own choice. memory: note each call's peak of
+    live bytes and what it keeps for backward.
     """
 
     name: str
@@ -78,11 +78,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds a call, (processes, rounds) for each name; why a name is absent; peak live bytes where asked for."""
+    """Seconds a call, (processes, rounds) for each name; why a name is absent; its bytes where asked for."""
 
     seconds: Mapping[str, np.ndarray]
     absent: Mapping[str, str]
-    live_bytes: Mapping[str, int]
+    live_bytes: Mapping[str, int] = field(default_factory=dict)
+    kept_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def time(self, name: str) -> Interval:
         """Seconds of ``name``."""
@@ -141,7 +142,7 @@ def _joined(results: list[dict[str, Any]]) -> Samples:
     absent = {name: why for result in reversed(results) for name, why in result["absent"].items()}
     names = [name for name in results[0]["seconds"] if name not in absent]
     seconds = {name: np.array([result["seconds"][name] for result in results]) for name in names}
-    return Samples(seconds, absent, results[0]["live_bytes"])
+    return Samples(seconds, absent, results[0]["live_bytes"], results[0]["kept_bytes"])
 
 
 def _in_fresh_process(cases: Sequence[Case], process: int, rounds: int, least: float) -> Any:
@@ -198,8 +199,10 @@ def _sampled(case: Case, process: int, rounds: int, least: float) -> dict[str, A
     for turn in range(rounds):
         for name in _rotated(list(calls), process + turn):
             seconds[name].append(samplers[name]())
-    live = {name: peak_live_bytes(run) for name, run in calls.items()} if case.memory and process == 0 else {}
-    return {"seconds": seconds, "absent": absent, "live_bytes": live}
+    weighed = calls if case.memory and process == 0 else {}
+    live = {name: peak_live_bytes(run) for name, run in weighed.items()}
+    kept = {name: kept_bytes(run) for name, run in weighed.items()}
+    return {"seconds": seconds, "absent": absent, "live_bytes": live, "kept_bytes": kept}
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

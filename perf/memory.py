@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 
 
 def peak_live_bytes(run: Callable[[], Any]) -> int:
@@ -19,3 +20,21 @@ def peak_live_bytes(run: Callable[[], Any]) -> int:
         live += size
         peak = max(peak, live)
     return peak
+
+
+def kept_bytes(run: Callable[[], Any]) -> int:
+    """Bytes that ``run`` keeps for backward or returns, without leaves; memory that two share counts once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_leaf or not tensor.requires_grad:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    for tensor in _pytree.tree_leaves(result):
+        if isinstance(tensor, torch.Tensor):
+            keep(tensor)
+    return sum(kept.values())

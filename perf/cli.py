@@ -1,0 +1,138 @@
+"""`fused-rect profile`: measure what fusing brings on this machine, show it, keep it, compare it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import jobs, records, report
+from .compare import Comparison, compare
+from .machine import environment
+from .peers import LAYOUTS, MODES
+from .scaling import AXES
+from .workloads import RECTIFIERS, WORKLOADS
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+EPILOG = """workloads:
+""" + "\n".join(f"  {name:10} {workload.source}" for name, workload in WORKLOADS.items())
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["default"], metavar="NAME", help="see below")
+    what.add_argument("--shape", type=_sizes, metavar="N,C,H,W", help="one layer's input, or --model's")
+    what.add_argument("--kernel", type=_positive, default=3, help="of --shape: the kernel's size")
+    what.add_argument("--stride", type=_positive, default=1, help="of --shape")
+    what.add_argument("--out-channels", type=_positive, help="of --shape; by default C")
+    what.add_argument("--model", metavar="FACTORY", help="module:factory or file.py:factory, before and after fuse()")
+    what.add_argument("--scaling", choices=AXES, help="time and bytes of bias + rectifier along one axis")
+    what.add_argument("--rectifier", nargs="+", choices=RECTIFIERS, help="by default the network's own, or all four")
+    what.add_argument("--mode", nargs="+", choices=MODES, default=["training"], help="training: forward and backward")
+    what.add_argument("--part", nargs="+", choices=("layer", "epilogue"), default=["layer", "epilogue"],
+                      help="the convolution with bias and rectifier, bias and rectifier alone, or both")  # fmt: skip
+    how = parser.add_argument_group("where and how")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--dtype", choices=DTYPES, default="float32")
+    how.add_argument("--layout", choices=LAYOUTS, default="contiguous")
+    how.add_argument("--batch", type=_positive, help="by default the source's, on a CPU what takes milliseconds")
+    how.add_argument("--threads", type=_positive, default=0, help="by default torch's own choice")
+    how.add_argument("--compile", action="store_true", help="time torch.compile too, plain and with our backend")
+    how.add_argument("--processes", type=_positive, default=5)
+    how.add_argument("--rounds", type=_positive, default=5)
+    how.add_argument("--quick", action="store_true", help="3 processes, two layers a workload: wider intervals")
+    out = parser.add_argument_group("results")
+    for kind in ("json", "csv", "html"):
+        out.add_argument(f"--{kind}", type=Path, metavar="FILE")
+    out.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed since; status 1 on a regression")
+    out.add_argument("--tolerance", type=float, default=0.1, help="a regression is slower by more (0.1: 10 %%)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(_positive(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        sizes = ()
+    if not 3 <= len(sizes) <= 5:
+        raise argparse.ArgumentTypeError(f"must be N,C and 1 to 3 spatial sizes, such as 8,64,56,56, got {text!r}")
+    return sizes
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, write. 1 on a regression (or when measuring fails), 2 for options that cannot be, else 0."""
+    console = Console()
+    if options.quick:
+        options.processes = min(options.processes, 3)
+    try:
+        old = _checked(options)
+        work = jobs.jobs(options)
+    except (ValueError, RuntimeError, TypeError) as error:
+        print(f"fused-rect profile: {error}", file=sys.stderr)
+        return 2
+    frame = _measured(work, options, console)
+    report.print_report(frame, console)
+    comparison = None if old is None else compare(old, frame)
+    if comparison is not None:
+        report.print_comparison(comparison, options.tolerance, console)
+    _write(frame, comparison, options, console)
+    return int(comparison is not None and bool(comparison.regressions(options.tolerance)))
+
+
+def _checked(options: argparse.Namespace) -> Any:
+    """The records of --compare. Raises ValueError or RuntimeError for what could only fail after the measuring."""
+    for kind in ("json", "csv", "html"):
+        path: Path | None = getattr(options, kind)
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
+    if options.model and options.scaling:
+        raise ValueError("--model and --scaling are two questions: ask one at a time")
+    torch.empty(1, device=options.device)
+    if options.model:
+        from .peers import load_model
+
+        load_model(options.model, list(options.shape) if options.shape else None, options.dtype, options.device)
+    return None if options.compare is None else records.load(options.compare)
+
+
+def _measured(work: list[records.Job], options: argparse.Namespace, console: Console) -> Any:
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("starting", total=len(work) * options.processes)
+        return records.collect(
+            work, options.processes, options.rounds, lambda case: bar.update(task, advance=1, description=case)
+        )
+
+
+def _write(frame: Any, comparison: Comparison | None, options: argparse.Namespace, console: Console) -> None:
+    command = shlex.join(["fused-rect", *sys.argv[1:]])
+    facts = environment(options.device)
+    if options.json:
+        records.save(options.json, frame, facts, command)
+    if options.csv:
+        frame.to_csv(options.csv, index=False)
+    if options.html:
+        from .page import page
+
+        options.html.write_text(page(frame, facts, command, comparison))
+    for kind in ("json", "csv", "html"):
+        if path := getattr(options, kind):
+            console.print(f"written: {path}")
