@@ -49,7 +49,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--compile", action="store_true", help="time torch.compile too, plain and with our backend")
     how.add_argument("--processes", type=_positive, default=5)
     how.add_argument("--rounds", type=_positive, default=5)
-    how.add_argument("--quick", action="store_true", help="3 processes, two layers a workload: wider intervals")
+    how.add_argument(
+        "--budget", type=float, default=90.0, help="seconds; where they do not suffice, there are fewer rounds"
+    )
+    how.add_argument("--quick", action="store_true", help="20 seconds, 3 processes, two layers a workload")
     out = parser.add_argument_group("results")
     for kind in ("json", "csv", "html"):
         out.add_argument(f"--{kind}", type=Path, metavar="FILE")
@@ -78,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, write. 1 on a regression (or when measuring fails), 2 for options that cannot be, else 0."""
     console = Console()
     if options.quick:
-        options.processes = min(options.processes, 3)
+        options.processes, options.budget = min(options.processes, 3), min(options.budget, 20.0)
     try:
         old = _checked(options)
         work = jobs.jobs(options)
@@ -102,7 +105,10 @@ def _checked(options: argparse.Namespace) -> Any:
             raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
     if options.model and options.scaling:
         raise ValueError("--model and --scaling are two questions: ask one at a time")
-    torch.empty(1, device=options.device)
+    try:
+        torch.empty(1, device=options.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     if options.model:
         from .peers import load_model
 
@@ -118,7 +124,11 @@ def _measured(work: list[records.Job], options: argparse.Namespace, console: Con
     with bar:
         task = bar.add_task("starting", total=len(work) * options.processes)
         return records.collect(
-            work, options.processes, options.rounds, lambda case: bar.update(task, advance=1, description=case)
+            work,
+            processes=options.processes,
+            rounds=options.rounds,
+            budget=options.budget,
+            progress=lambda case: bar.update(task, advance=1, description=case),
         )
 
 

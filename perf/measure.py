@@ -28,6 +28,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ import torch
 from .memory import kept_bytes, peak_live_bytes
 
 CONFIDENCE = 0.95
+FEWEST = 2  # rounds, however little time there is
 Runs = Mapping[str, "Callable[[], Any] | str"]  # a call by name, or why there is none
 
 
@@ -123,15 +125,21 @@ def measure(
     processes: int = 5,
     rounds: int = 5,
     least: float = 0.01,
+    budget: float = float("inf"),
     progress: Callable[[str], None] = lambda case: None,
 ) -> list[Samples]:
     """Run ``cases``, each in all of ``processes`` fresh processes, one after the other; ``progress`` hears of each.
 
-    least: seconds a sample lasts at least. Raises RuntimeError with the end of its error output when a process fails.
+    least: seconds a sample lasts at least. budget: seconds that all of it should take, shared out among what is left to
+    do; where they do not suffice, cases get fewer rounds, but two at least (a case's samples tell). Raises RuntimeError
+    with the end of its error output when a process fails.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    end = time.monotonic() + budget
     for process in range(processes):
-        for at, result in enumerate(_in_fresh_process(cases, process, rounds, least)):
+        share = max(0.0, end - time.monotonic()) / (processes - process)
+        order = {"process": process, "rounds": rounds, "least": least, "seconds": share}
+        for at, result in enumerate(_in_fresh_process(cases, order)):
             found[at].append(result)
             progress(cases[at].name)
     return [_joined(results) for results in found]
@@ -141,12 +149,13 @@ def _joined(results: list[dict[str, Any]]) -> Samples:
     """Names that every process could run; the first reason for the others."""
     absent = {name: why for result in reversed(results) for name, why in result["absent"].items()}
     names = [name for name in results[0]["seconds"] if name not in absent]
-    seconds = {name: np.array([result["seconds"][name] for result in results]) for name in names}
+    rounds = min((len(result["seconds"][name]) for result in results for name in names), default=0)
+    seconds = {name: np.array([result["seconds"][name][:rounds] for result in results]) for name in names}
     return Samples(seconds, absent, results[0]["live_bytes"], results[0]["kept_bytes"])
 
 
-def _in_fresh_process(cases: Sequence[Case], process: int, rounds: int, least: float) -> Any:
-    order = {"process": process, "rounds": rounds, "least": least, "cases": [asdict(case) for case in cases]}
+def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any]) -> Any:
+    order = {**order, "cases": [asdict(case) for case in cases]}
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", __spec__.name]
         with subprocess.Popen(
@@ -183,20 +192,25 @@ def named(name: str) -> Any:
 
 def _worker(order: dict[str, Any], results: TextIO) -> None:
     default = torch.get_num_threads()
-    for entry in order["cases"]:
+    end = time.monotonic() + order["seconds"]
+    for at, entry in enumerate(order["cases"]):
         case = Case(**entry)
         torch.set_num_threads(case.threads or default)
-        result = _sampled(case, order["process"], order["rounds"], order["least"])
+        patience = (end - time.monotonic()) / (len(order["cases"]) - at)
+        result = _sampled(case, order["process"], order["rounds"], order["least"], patience)
         print(json.dumps(result), file=results, flush=True)
 
 
-def _sampled(case: Case, process: int, rounds: int, least: float) -> dict[str, Any]:
+def _sampled(case: Case, process: int, rounds: int, least: float, patience: float) -> dict[str, Any]:
+    end = time.monotonic() + patience
     runs: Runs = named(case.build)(**case.arguments)
     absent = {name: run for name, run in runs.items() if isinstance(run, str)}
     calls = {name: run for name, run in runs.items() if not isinstance(run, str)}
     samplers = {name: _sampler(run, case.device, least) for name, run in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
+        if turn >= FEWEST and time.monotonic() > end:
+            break
         for name in _rotated(list(calls), process + turn):
             seconds[name].append(samplers[name]())
     weighed = calls if case.memory and process == 0 else {}
@@ -216,8 +230,7 @@ def _rotated(names: list[str], by: int) -> list[str]:
 
 def _sampler(run: Callable[[], Any], device: str, least: float) -> Callable[[], float]:
     """Warms ``run`` up; the function returned takes one sample, in seconds."""
-    for _ in range(3):
-        run()
+    run()
     if torch.device(device).type == "cpu":
         from torch.utils.benchmark import Timer
 

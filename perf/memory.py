@@ -25,11 +25,13 @@ def peak_live_bytes(run: Callable[[], Any]) -> int:
 def kept_bytes(run: Callable[[], Any]) -> int:
     """Bytes that ``run`` keeps for backward or returns, without leaves; memory that two share counts once."""
     kept: dict[int, int] = {}
+    leaves: set[int] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+        storage = tensor.untyped_storage()
+        if tensor.is_leaf and tensor.requires_grad:
+            leaves.add(storage.data_ptr())
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -37,4 +39,4 @@ def kept_bytes(run: Callable[[], Any]) -> int:
     for tensor in _pytree.tree_leaves(result):
         if isinstance(tensor, torch.Tensor):
             keep(tensor)
-    return sum(kept.values())
+    return sum(size for pointer, size in kept.items() if pointer not in leaves)

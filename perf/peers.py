@@ -136,7 +136,10 @@ def _layer_calls(
 ) -> dict[str, Call | str]:
     pair: Any = nn.Sequential(convolution, activation)
     parameters = list(pair.parameters())
-    run = lambda module: step(module, (x,), parameters, mode)  # noqa: E731
+
+    def run(module: Any) -> Call:
+        return step(module, (x,), parameters, mode)
+
     runs: dict[str, Call | str] = {FUSED: run(fr.fuse(copy_of(pair))), EAGER: run(pair)}
     try:
         runs[IN_PLACE] = run(nn.Sequential(convolution, spec.activation(inplace=True).train(activation.training)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,10 @@ class Job:
     about: Mapping[str, Any]
 
 
-def collect(jobs: Sequence[Job], processes: int, rounds: int, progress: Callable[[str], None]) -> pd.DataFrame:
-    """Measure ``jobs``; a frame with one row a :class:`Record`."""
-    results = measure.measure([job.case for job in jobs], processes=processes, rounds=rounds, progress=progress)
-    rows = [record for job, samples in zip(jobs, results) for record in _records(job, samples, processes, rounds)]
+def collect(jobs: Sequence[Job], **how: Any) -> pd.DataFrame:
+    """Measure ``jobs``, ``how`` as :func:`fused_rect.perf.measure.measure` takes it; a frame with one row a record."""
+    results = measure.measure([job.case for job in jobs], **how)
+    rows = [record for job, samples in zip(jobs, results) for record in _records(job, samples)]
     return frame([asdict(row) for row in rows])
 
 
@@ -88,7 +88,8 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _records(job: Job, samples: Samples, processes: int, rounds: int) -> list[Record]:
+def _records(job: Job, samples: Samples) -> list[Record]:
+    processes, rounds = next((times.shape for times in samples.seconds.values()), (0, 0))
     base = FUSED if FUSED in samples.seconds else None
     made = []
     for peer in (*samples.seconds, *samples.absent):

@@ -125,6 +125,9 @@ def conclusions(records: pd.DataFrame) -> Iterator[str]:
     missing = records[records.absent != ""].drop_duplicates(["peer", "absent"])
     for reason, group in missing.groupby("absent", sort=False):
         yield f"Absent: {', '.join(group.peer)}: {reason}."
+    timed = records[records.absent == ""]
+    if len(set(timed.rounds)) > 1:
+        yield f"Some cases had {min(timed.rounds)} rounds of {max(timed.rounds)}: the budget of time was used up."
     if (records[records.absent == ""].degrees == 0).any():
         yield "One process and one round give no interval: raise --rounds and --processes."
     elif (records.processes == 1).any():

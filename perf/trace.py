@@ -28,7 +28,7 @@ def table(profile: torch.profiler.profile) -> pd.DataFrame:
 
     seconds are the device's where there is one, else the CPU's. Raises ValueError for a profile without shapes.
     """
-    rows = [_row(event) for event in profile.events() or [] if _innermost(event)]  # type: ignore[no-untyped-call]
+    rows = [_row(event) for event in profile.events() or [] if _innermost(event)]
     if not rows:
         return pd.DataFrame(columns=["name", "rectifier", "calls", "seconds", "bytes", "flops", "GB/s"])
     frame = pd.DataFrame(rows).groupby(["name", "rectifier"], as_index=False).sum()

@@ -46,6 +46,12 @@ def test_each_process_is_fresh_and_threads_and_bytes_are_as_asked():
     assert samples.live_bytes == {"clone": 4 << 16}
 
 
+def test_a_budget_leaves_two_rounds_at_least():
+    case = Case("sleep", f"{__file__}:build_sleepers", {"short": 1e-3, "long": 1e-2})
+    spent, enough = (measure([case], processes=1, rounds=4, budget=budget)[0] for budget in (0.0, 60.0))
+    assert spent.seconds["long"].shape == (1, 2) and enough.seconds["long"].shape == (1, 4)
+
+
 def test_a_failing_process_says_why():
     with pytest.raises(RuntimeError, match="ValueError: no such layer"):
         measure([Case("bad", f"{__file__}:build_failing")], processes=1, rounds=1)

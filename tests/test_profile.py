@@ -1,0 +1,281 @@
+"""`fused-rect profile` end to end on tiny layers, its workloads, its peers, and our calls in a user's trace."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from profiling import report as made_up
+from torch import nn
+
+import fused_rect as fr
+from fused_rect import cli
+from fused_rect.kernels import traffic
+from fused_rect.perf import peers, records, scaling, trace, workloads
+from fused_rect.perf.memory import kept_bytes
+from fused_rect.perf.workloads import RECTIFIERS, WORKLOADS, Layer, square
+
+# One thread: threads that wait for each other take a hundred times longer on a machine that others use too.
+TINY = ["--processes", "1", "--rounds", "2", "--threads", "1"]
+LAYERS = [(name, layer) for name, workload in WORKLOADS.items() for layer in workload.layers]
+
+
+def profile(*arguments):
+    return cli.main(["profile", *map(str, arguments)])
+
+
+# ---- workloads ----
+
+
+@pytest.mark.parametrize("name, layer", LAYERS, ids=[f"{name} {layer.name}" for name, layer in LAYERS])
+def test_a_layers_numbers_are_those_of_its_convolution(name, layer):
+    with torch.device("meta"):
+        convolution, activation = layer.modules()
+        y = activation(convolution(torch.empty(layer.shape)))
+    assert tuple(y.shape) == layer.output
+    assert layer.flops == 2 * y.numel() * convolution.weight[0].numel()
+    assert Layer(**json.loads(json.dumps(layer.arguments()))) == layer
+
+
+def test_batches_are_halved_to_fit():
+    layer = square("a", 128, 3, 32, 192, 5, "relu")
+    assert workloads.within(layer, layer.flops / 3).shape[0] == 32
+    assert workloads.within(layer, 1).shape[0] == 1
+
+
+# ---- peers ----
+
+
+def calls(rectifier, part, mode, **more):
+    layer = square("a", 2, 3, 8, 4, 3, rectifier)
+    arguments = {"layout": "contiguous", "dtype": "float64", "device": "cpu"} | more
+    return {k: v for k, v in peers.layer(layer.arguments(), part, mode, **arguments).items() if callable(v)}
+
+
+@pytest.mark.parametrize("layout", peers.LAYOUTS)
+@pytest.mark.parametrize("part", ("layer", "epilogue"))
+@pytest.mark.parametrize("rectifier", RECTIFIERS)
+def test_peers_compute_what_the_fused_call_computes(rectifier, part, layout):
+    mode = "inference" if rectifier == "rrelu" else "training"  # its slopes are drawn anew by each call
+    runs = calls(rectifier, part, mode, layout=layout)
+    first = lambda made: made[0] if isinstance(made, list) else made  # noqa: E731
+    expected = first(runs[peers.FUSED]())
+    names = set(runs) - {peers.FUSED, *peers.YARDSTICKS}
+    assert names == {peers.EAGER} | ({peers.IN_PLACE} if part == "layer" and rectifier != "prelu" else set())
+    for name in names:
+        torch.testing.assert_close(first(runs[name]()), expected)
+    assert (expected < 0).any() or rectifier == "relu"
+    if layout == "channels_last":
+        assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.exhaustive
+def test_compiled_peers_where_they_are_asked_for():
+    runs = calls("leaky_relu", "layer", "inference", compiled=True)
+    for name in (peers.COMPILED, peers.FUSED_COMPILED):
+        torch.testing.assert_close(runs[name](), runs[peers.EAGER]())
+
+
+@pytest.mark.parametrize("rectifier, tensors", [("relu", 1), ("leaky_relu", 2), ("prelu", 2), ("rrelu", 3)])
+def test_kept_bytes_count_what_eager_and_fused_keep(rectifier, tensors):
+    runs = calls(rectifier, "layer", "training")
+    output = 2 * 4 * 8 * 8 * 8
+    slope = 8 if rectifier == "prelu" else 0  # eager keeps a view of it
+    assert kept_bytes(runs[peers.EAGER]) == tensors * output + slope
+    ours = {"prelu": 2 * output, "rrelu": output + 8}.get(rectifier, output)
+    assert kept_bytes(runs[peers.FUSED]) == ours
+
+
+# ---- the command ----
+
+
+def test_the_files_hold_the_same_records(tmp_path, capsys):
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "html")}
+    options = [part for kind, path in files.items() for part in (f"--{kind}", path)]
+    assert profile("--shape", "2,3,8,8", "--rectifier", "prelu", *TINY, *options) == 0
+    printed = capsys.readouterr().out
+    loaded = records.load(files["json"])
+    words = loaded.select_dtypes(exclude="number").columns
+    read = pd.read_csv(files["csv"], dtype=dict.fromkeys(words, str)).fillna(dict.fromkeys(words, ""))
+    pd.testing.assert_frame_equal(loaded, read, check_dtype=False, rtol=1e-12)
+    timed = loaded[loaded.absent == ""]
+    assert set(timed[timed.part == "layer"].peer) == {peers.FUSED, peers.EAGER, peers.CONVOLUTION, peers.COPY}
+    assert (timed.seconds > 0).all() and (timed.seconds_low <= timed.seconds).all()
+    assert set(timed[timed.part == "layer"].kept_bytes) >= {2 * 4 * 2 * 3 * 8 * 8}
+    for word in ("prelu", "GB/s", "no PReLU in place", "not installed", "add --compile", "One process"):
+        assert word in " ".join(printed.split())
+    assert "prelu" in files["html"].read_text()
+    content = json.loads(files["json"].read_text())
+    assert content["environment"]["torch"] == torch.__version__ and "--shape" not in content["environment"]
+
+
+MODEL = """
+import os, time
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2)
+    def forward(self, x):
+        print("a model that prints")
+        return self.act(self.conv(x))
+
+def net():
+    return Net()
+
+def with_input():
+    return Net(), torch.zeros(1, 3, 8, 8)
+
+if os.environ.get("SLOWED"):
+    from fused_rect import backends
+    used = backends.resolve("cpu")
+    forward = used.forward
+    def slowed(*arguments):
+        time.sleep(2e-3)
+        return forward(*arguments)
+    used.forward = slowed
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "user_model.py"
+    path.write_text(MODEL)
+    return path
+
+
+def test_a_users_model_and_a_slowed_kernel_that_compare_catches(model, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "old.json"
+    options = ["--model", f"{model}:net", "--shape", "1,3,8,8", "--processes", "1", "--rounds", "7", "--threads", "1"]
+    assert profile(*options, "--json", old) == 0
+    loaded = records.load(old)
+    of = lambda peer: records.one(loaded[loaded.part == "model"], peer)  # noqa: E731
+    assert of(peers.FUSED).kept_bytes < of(peers.EAGER).kept_bytes
+    assert "a model that prints" not in capsys.readouterr().out
+    monkeypatch.setenv("SLOWED", "1")
+    assert profile(*options, "--compare", old) == 1
+    assert "REGRESSION" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--json", "no/such/folder/a.json"], "no folder that can be written to"),
+        (["--compare", "absent.json"], "no file of `fused-rect profile --json`"),
+        (["--model", "no.such.module:f"], "names nothing"),
+        (["--model", "collections:OrderedDict"], "must give a torch.nn.Module"),
+        (["--model", "torch.nn:Identity"], "add --shape"),
+        (["--model", "torch.nn:Identity", "--scaling", "size"], "one at a time"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
+def test_bad_options_say_what_to_do_before_anything_is_measured(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(records, "collect", lambda *_, **__: pytest.fail("measured"))
+    assert profile(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", ("1,2", "a,b,c", "1,2,0,4", "1,2,3,4,5,6"))
+def test_a_shape_is_three_to_five_positive_sizes(shape, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        profile("--shape", shape)
+    assert stopped.value.code == 2 and "--shape" in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    other = tmp_path / "other.json"
+    for text in ("{}", "[]", '{"schema": 99, "records": []}', "text"):
+        other.write_text(text)
+        with pytest.raises(ValueError, match="no file of"):
+            records.load(other)
+
+
+def test_records_survive_their_file(tmp_path):
+    frame = made_up()
+    records.save(tmp_path / "a.json", frame, {}, "")
+    pd.testing.assert_frame_equal(records.load(tmp_path / "a.json"), frame)
+
+
+# ---- scaling ----
+
+
+def curve(costs, axis="channels", first=1e-3):
+    """Records whose fused calls cost ``costs`` copies, each of twice the elements of the one before."""
+    frames = [
+        made_up((1.0,), workload=f"scaling {axis}", output=f"1x{2**at}x4x4", shape=f"1x{2**at}x4x4").query(
+            "part == 'epilogue'"
+        )
+        for at in range(len(costs))
+    ]
+    for at, (frame, cost) in enumerate(zip(frames, costs)):
+        frame.loc[:, ["seconds"]] = first * 2**at
+        for name in ("ratio", "ratio_low", "ratio_high"):
+            frame.loc[frame.peer == peers.COPY, name] = frame.loc[frame.peer == peers.COPY, name] * 2 / cost
+    (found,) = scaling.curves(pd.concat(frames))
+    return [(p.x, p.note) for p in found.points]
+
+
+def test_a_point_that_costs_more_is_flagged_and_only_that():
+    assert curve([2, 2, 2.1, 3, 1.9]) == [(1, ""), (2, ""), (4, ""), (8, "not flat"), (16, "")]
+    assert {note for _, note in curve([2, 2.1, 2, 1.9])} == {""}
+
+
+def test_small_tensors_are_launch_bound_and_not_flagged():
+    assert [note for _, note in curve([9, 5, 2, 2, 2], axis="size")] == ["launch-bound"] * 2 + [""] * 3
+
+
+def test_every_axis_has_points_of_its_own():
+    for axis in scaling.AXES:
+        layers = scaling.points(axis, 1)
+        assert len({(layer.shape, threads) for layer, threads in layers}) == len(layers)
+    assert scaling.thread_counts()[0] == 1
+
+
+def test_a_scaling_run_measures_and_prints_its_curve(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "points", lambda axis, threads: [(scaling._map(1, c, 8, 8), 1) for c in (1, 3)])
+    assert profile("--scaling", "channels", *TINY) == 0
+    assert "ns / element" in capsys.readouterr().out
+
+
+# ---- traces ----
+
+
+def test_a_trace_of_a_training_step_shows_our_calls_with_bytes_and_flops():
+    net = fr.fuse(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.Conv2d(8, 4, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1), nn.RReLU()
+        )
+    )
+    x = torch.randn(2, 3, 10, 10)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        net(x).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fused_rect::rectify", "fused_rect::rectify_", "fused_rect::rectify_backward"} <= names
+    rows = trace.table(profile).set_index(["name", "rectifier"])
+    expected = {
+        ("fused_rect::rectify_", "leaky_relu"): traffic.forward("leaky_relu", 1024, 4, bias=8, lower=0.1),
+        ("fused_rect::rectify", "prelu"): traffic.forward("prelu", 512, 4, bias=4, weight=4),
+        ("fused_rect::rectify_", "rrelu"): traffic.forward("rrelu", 256, 4, bias=2, lower=1 / 8),
+        ("fused_rect::rectify_backward", "leaky_relu"): traffic.backward(
+            "leaky_relu", 1024, 4, bias=8, lower=0.1, sum_bias=True
+        ),
+        ("fused_rect::rectify_backward", "prelu"): traffic.backward(
+            "prelu", 512, 4, bias=4, weight=4, sum_bias=True, sum_weight=True
+        ),
+        ("fused_rect::rectify_backward", "rrelu"): traffic.backward(
+            "rrelu", 256, 4, bias=2, lower=1 / 8, sum_bias=True
+        ),
+    }
+    assert set(rows.index) == set(expected)
+    for key, call in expected.items():
+        assert (rows.bytes[key], rows.flops[key], rows.calls[key]) == (call.bytes, call.flops, 1)
+    assert (rows["GB/s"] > 0).all()
+
+
+def test_a_trace_without_shapes_says_how_to_get_them():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fr.functional.bias_relu(torch.randn(1, 2, 3))
+    with pytest.raises(ValueError, match="record_shapes=True"):
+        trace.table(profile)
