@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(VENV)/bin/fused-rect demo
+	$(VENV)/bin/fused-rect profile --quick
 
 # Minutes on two cores; STUDY passes options on, e.g. make study STUDY="--seeds 20 --out study-20".
 study: setup
