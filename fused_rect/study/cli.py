@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("study"), metavar="DIR", help="folder of report and runs (default study)")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--jobs", type=int, default=0, metavar="N", help="runs at a time, one thread each (default: all cores)")
-    add("--evaluate-every", type=int, default=5, metavar="N", help="epochs between points of the curves (default 5)")
+    add("--evaluate-every", type=int, default=10, metavar="N", help="epochs between points of the curves (default 10)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="updates between checkpoints (default 100)")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (pip install tensorboard)")
     add("--no-cost", action="store_true", help="leave out the timing of fused against eager")

@@ -16,14 +16,29 @@ from torch import Tensor, nn
 from .variants import Layers
 
 
-def build(network: str, layers: Layers, in_channels: int, classes: int, width: float, dropout: float) -> nn.Module:
-    """The network ``network`` ("nin", "ndsb" or "inception"). Raises ValueError for another name."""
+def build(
+    network: str,
+    layers: Layers,
+    in_channels: int,
+    classes: int,
+    width: float,
+    dropout: float,
+    rectified_scores: bool = True,
+) -> nn.Module:
+    """The network ``network`` ("nin", "ndsb" or "inception"). Raises ValueError for another name.
+
+    rectified_scores: whether NIN's last convolution, whose outputs are the scores, has a rectifier, as the public
+    configuration has; the other networks end in a linear layer.
+    """
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
     if not 0 < width <= 8:
         raise ValueError(f"width must lie in (0, 8], got {width}; 1 is the paper's network")
     scaled = lambda channels: max(1, round(channels * width))  # noqa: E731
-    return NETWORKS[network](layers, in_channels, classes, scaled, dropout)
+    model = NETWORKS[network](layers, in_channels, classes, scaled, dropout)
+    if network == "nin" and not rectified_scores:
+        model.classifier = nn.Sequential(model.classifier[0])  # type: ignore[index]
+    return model
 
 
 Scaled = Callable[[int], int]

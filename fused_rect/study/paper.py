@@ -14,9 +14,9 @@ RESULTS: dict[str, dict[str, tuple[float, float]]] = {
     "rrelu": {"cifar-10": (0.00550, 0.1119), "cifar-100": (0.1141, 0.4025), "ndsb": (0.8090, 0.7292)},
 }
 COLUMNS = {
-    "cifar-10": "the paper's CIFAR-10 test error",
-    "cifar-100": "the paper's CIFAR-100 test error",
-    "ndsb": "the paper's NDSB validation log-loss",
+    "cifar-10": "CIFAR-10 test error",
+    "cifar-100": "CIFAR-100 test error",
+    "ndsb": "NDSB validation log-loss",
 }
 CAVEATS = (
     "The paper's networks saw other images at full size: its columns are for orientation, none is expected to match.",

@@ -13,6 +13,7 @@ import pandas as pd
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import statistics
 from .variants import VARIANTS
@@ -62,6 +63,7 @@ def learning_curves(runs: list[dict[str, Any]]) -> str:
                 axis.fill_between(means.index, bounds[:, 0], bounds[:, 1], color=_SERIES[key], alpha=0.12, linewidth=0)
             axis.set_title(title, fontsize=11, loc="left")
             axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         return _svg(figure, "curves")
 

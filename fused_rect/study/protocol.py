@@ -32,6 +32,7 @@ class Protocol:
     )  # fmt: skip
     augment: str = _option("none", "crop-mirror: random crops of 7/8 the side, mirrored", ("none", "crop-mirror"))
     dropout: float = _option(0.5, "probability of each dropout")
+    rectified_scores: bool = _option(True, "a rectifier after NIN's last convolution, whose outputs are the scores")
     law: str = _option("divisor", "RReLU's law: divisor ~ U(3, 8), or slope ~ U(1/8, 1/3)", ("divisor", "slope"))
     init: str = _option("0.05", "standard deviation of the initial weights, or he for sqrt(2 / fan-in)")
     lr: float = _option(0.1, "learning rate")
@@ -105,7 +106,7 @@ def public(network: str, data: str) -> Protocol:
 # A study of minutes on two cores. lr: see docs/study.md, chosen on held-out training images.
 SMALL = replace(
     NIN_CIFAR10, data="auto", width=1 / 8, image=14, train_images=1000, iterations=0, epochs=40, dropout=0.0,
-    preprocess="standardize", init="he", lr=0.02, last_lr=1.0,
+    preprocess="standardize", init="he", rectified_scores=False, lr=0.02, last_lr=1.0, batch_size=32,
 )  # fmt: skip
 
 _EXECUTION = ("amp", "channels_last", "epilogue", "split")

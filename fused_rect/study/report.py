@@ -27,6 +27,9 @@ from .protocol import SOURCE, Protocol, deviations
 from .variants import VARIANTS
 
 
+NAMES = {"nin": "Network in Network", "ndsb": "the plankton network", "inception": "BN-Inception"}
+
+
 def results(
     protocol: Protocol, dataset: Dataset, runs: list[dict[str, Any]], costs: list[Cost], command: str,
     device: torch.device, world_size: int,
@@ -97,6 +100,7 @@ def html(value: dict[str, Any]) -> str:
         **value,
         labels={key: v.label for key, v in VARIANTS.items()},
         rows=list(rows(value)),
+        network=NAMES[value["protocol"]["network"]],
         seeds=sorted(frame["seed"].unique().tolist()),
         curves=plots.learning_curves(value["runs"]),
         difference_plot=plots.differences(frame) if several else "",

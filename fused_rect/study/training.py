@@ -34,8 +34,8 @@ class Job:
     variant: str
     seed: int
     folder: Path
-    evaluate_every: int = 5
-    checkpoint_every: int = 50
+    evaluate_every: int = 10
+    checkpoint_every: int = 100
     tensorboard: bool = False
 
     @property
@@ -187,7 +187,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 def new_model(p: Protocol, variant: str, seed: int, in_channels: int, classes: int) -> nn.Module:
     """The network of ``p`` under ``variant`` with the initial weights of ``seed``."""
     layers = Layers(VARIANTS[variant], p.epilogue == "fused", p.law)
-    model = networks.build(p.network, layers, in_channels, classes, p.width, p.dropout)
+    model = networks.build(p.network, layers, in_channels, classes, p.width, p.dropout, p.rectified_scores)
     networks.initialize(model, distributed.key(seed, batches.WEIGHTS), p.init)
     return model
 
