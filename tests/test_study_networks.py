@@ -95,6 +95,14 @@ def test_plain_divisor_rrelu_has_the_gradient_of_its_slopes():
     torch.testing.assert_close(z.grad, (y / z).detach())
 
 
+def test_scores_without_a_rectifier_keep_the_weights():
+    whole = model("prelu")
+    bare = training.new_model(dataclasses.replace(NARROW, rectified_scores=False), "prelu", 0, 1, 10)
+    assert set(whole.state_dict()) - set(bare.state_dict()) == {"classifier.1.weight"}
+    assert torch.equal(whole.classifier[0].weight, bare.classifier[0].weight)
+    assert (bare(images()) < 0).any() and (model("relu")(images()) >= 0).all()
+
+
 def test_leaky_slopes():
     assert VARIANTS["leaky100"].negative_slope == 1 / 100
     assert VARIANTS["leaky5.5"].negative_slope == pytest.approx(2 / 11)

@@ -58,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    console = Console(stderr=False)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # the tables' width, in a log
     try:
         return _run(options, console)
     except (DataError, ValueError, FloatingPointError) as error:

@@ -26,7 +26,6 @@ from .data import Dataset
 from .protocol import SOURCE, Protocol, deviations
 from .variants import VARIANTS
 
-
 NAMES = {"nin": "Network in Network", "ndsb": "the plankton network", "inception": "BN-Inception"}
 
 
