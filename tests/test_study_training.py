@@ -243,6 +243,8 @@ def _ranks(rank, store, out):
         resumed.resume()
         for _ in range(2):  # within the first epoch
             resumed.update()
+            seeds = distributed.gathered(torch.tensor(torch.initial_seed() % 2**62))
+            assert seeds[0] != seeds[1], "what a rank draws at a step is its own"
         resumed.save()
         assert training.execute(job(out / "resumed", "prelu", dropout=0.0), dataset(), CPU) == found["prelu"]
         checkpoint.save_json(out / f"rank{rank}.json", found)
