@@ -51,7 +51,7 @@ def test_differences_are_paired_and_corrected():
     assert list(found.index) == [("relu", "prelu"), ("relu", "rrelu"), ("prelu", "rrelu")]
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.lists(st.floats(0.1, 3), min_size=4, max_size=8, unique=True), st.integers(0, 9))
 def test_holms_correction_and_intervals_that_agree_with_p(values, seed):
     rng = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ def build(
     scaled = lambda channels: max(1, round(channels * width))  # noqa: E731
     model = NETWORKS[network](layers, in_channels, classes, scaled, dropout)
     if network == "nin" and not rectified_scores:
-        model.classifier = nn.Sequential(model.classifier[0])  # type: ignore[index]
+        model.classifier = nn.Sequential(next(model.classifier.children()))  # type: ignore[union-attr]
     return model
 
 
