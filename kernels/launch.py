@@ -146,7 +146,7 @@ def backward_call(
 @functools.lru_cache(maxsize=4096)
 def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
     """The finishing sum; pointers: partials, tails, and one output or two (else None)."""
-    few = p.chunks * p.copies * p.touched <= 2048  # partials of one channel: one warp is done with them in 16 turns
+    slots, block = p.finish
     constants = {
         "UNIT": p.unit,
         "STEP": 2 if p.segment else 1,
@@ -154,15 +154,16 @@ def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
         "SUMS": sums,
         "V": p.vector,
         "WIDE": p.wide,
-        "BLOCK": 128 if few else 1024,
+        "SLOTS": slots,
+        "BLOCK": block,
         "COMPUTE": _triton_type(compute),
-        "num_warps": 1 if few else 4,
+        "num_warps": 4,
         "enable_fp_fusion": False,
     }
     numbers = (
         p.channels, p.inner, p.copies, p.chunks, p.entries, p.chunks * p.entries, p.touched, p.tail, p.tail_at
     )  # fmt: skip
-    return Call(reduce.finish, (p.channels, sums), numbers, constants, p)
+    return Call(reduce.finish, (-(-p.channels // block), sums), numbers, constants, p)
 
 
 def _plan(shape: Shape, stride: Shape, dtype: torch.dtype, by_channel: bool) -> Plan:
@@ -187,6 +188,7 @@ def _constants(p: Plan, rule: str, weight: int, dtype: torch.dtype) -> dict[str,
         "WEIGHT": _lookup(weight, p),
         "TAIL": p.tail > 0,
         "WIDE": p.wide,
+        "FAR": p.far,
         "V": p.vector,
         "DEPTH": p.depth,
         "DOWN": p.lanes_down,

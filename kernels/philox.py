@@ -25,17 +25,9 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def philox(counter, seed):
-    """The four uint32 words of each int64 counter. A counter past 2^32 carries into the second counter word."""
-    bits = counter.to(tl.uint64)
-    key = seed.to(tl.uint64)
-    c0 = bits.to(tl.uint32)
-    c1 = (bits >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0)
-    c3 = tl.zeros_like(c0)
-    k0 = key.to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
+def philox(c0, c1, c2, c3, k0, k1, rounds: tl.constexpr = ROUNDS):
+    """Philox4x32 of four counter words under two key words, all uint32."""
+    for _ in tl.static_range(rounds):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
@@ -43,17 +35,31 @@ def philox(counter, seed):
 
 
 @triton.jit
-def words(vector, seed, V: tl.constexpr):
-    """Words of the V elements of each vector: (..., 1) int64 vector indices -> (..., V) int32.
+def _four(counter, seed):
+    """The four words at each counter; what exceeds 32 bits of it is the second counter word."""
+    key = seed.to(tl.uint64)
+    low = counter.to(tl.uint32)
+    zero = tl.zeros_like(low)
+    high = zero
+    if counter.dtype.primitive_bitwidth == 64:
+        high = (counter >> 32).to(tl.uint32)
+    return philox(low, high, zero, zero, key.to(tl.uint32), (key >> 32).to(tl.uint32))
 
-    Joining (r0, r2) with (r1, r3) puts word k of a counter at position k without leaving registers.
+
+@triton.jit
+def words(vector, seed, V: tl.constexpr):
+    """Words of the V elements of each vector: (..., 1) unsigned vector indices -> (..., V) int32.
+
+    32-bit indices serve tensors of at most 2^34 elements: their second counter word is 0, which the compiler carries
+    through the first two rounds. Joining (r0, r2) with (r1, r3) puts word k of a counter at position k without leaving
+    registers.
     """
     first = vector * (V // 4)
     if V == 4:
-        r0, r1, r2, r3 = philox(first, seed)
+        r0, r1, r2, r3 = _four(first, seed)
     else:
-        a0, a1, a2, a3 = philox(first, seed)
-        b0, b1, b2, b3 = philox(first + 1, seed)
+        a0, a1, a2, a3 = _four(first, seed)
+        b0, b1, b2, b3 = _four(first + 1, seed)
         r0, r1, r2, r3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
     drawn = tl.join(tl.join(r0, r2), tl.join(r1, r3))
     return drawn.to(tl.int32, bitcast=True)

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 THREADS = 128
-# Vectors a thread: 4 loads of 16 bytes keep 64 KB under way at 1024 threads an SM, above the 38 KB that B200 needs.
+# Vectors a thread, twice as many where there are rows enough: 4 loads of 16 bytes keep 64 KB under way at 1024 threads
+# an SM, above the 38 KB that B200 needs; 8 share the look-up and the partial sums among more elements.
 DEPTH = 4
 # Rows are widened up to this often where that wastes fewer lanes.
 WIDEST = 64
+# Instructions of one column's look-up (bfloat16, sm_90).
+LOOKUP_COST = {"vector": 30, "split": 60, "element": 200}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Plan:
         """Adjacent vectors whose sums are merged: a power of two that spans at most two channels; 0: none are."""
         if self.lookup == "element":
             return 0
-        widest = min(self.across, 1 << (self.inner // self.vector).bit_length() - 1)
+        widest = min(self.across, 1 << max(self.inner // self.vector, 1).bit_length() - 1)
         # A warp's 32 vectors, unless a segment spans several vectors of each of the 128 threads.
         return widest if widest > THREADS else min(widest, 32)
 
@@ -91,7 +94,7 @@ class Plan:
     @property
     def touched(self) -> int:
         """At most how many segments hold elements of one channel in one copy of the period."""
-        return -(-self.inner // self.unit) + 1
+        return -(-self.inner // self.unit) + (self.inner % self.unit > 0)
 
     @property
     def wide(self) -> bool:
@@ -100,19 +103,22 @@ class Plan:
         return reach * self.vector + self.inner >= 2**31
 
     @property
+    def far(self) -> bool:
+        """Whether Philox counts past 32 bits; a counter serves four elements."""
+        return self.size > 2**34
+
+    @property
+    def finish(self) -> tuple[int, int]:
+        """The finishing sum's tile: partials of one channel, and channels, a turn; together 1024, 8 a thread."""
+        # With one partial a channel, neighbouring channels lie side by side: at least 8 fill a 32-byte sector.
+        most = 1024 if self.segment else 128
+        slots = min(most, 1 << (self.chunks * self.copies * self.touched - 1).bit_length())
+        return slots, 1024 // slots
+
+    @property
     def waste(self) -> float:
         """Lanes launched for each lane that has a vector to do."""
         return self.programs * self.depth * self.lanes_down * self.across / max(self.vectors, 1)
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Non-overlapping and without gaps, in any order of dims."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def channel_layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
@@ -124,10 +130,11 @@ def channel_layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, i
 
 @lru_cache(maxsize=4096)
 def plan(size: int, channels: int, inner: int, itemsize: int) -> Plan:
-    """The tiles for ``size`` elements of ``itemsize`` bytes: the candidate that wastes the fewest lanes."""
+    """The tiles for ``size`` elements of ``itemsize`` bytes: the candidate of the fewest instructions."""
     vector = max(4, 16 // itemsize)  # a Philox counter serves four elements, so float64 takes two accesses a vector
+    inner = size if channels == 1 else inner
     period = channels * inner
-    lookup = "element" if inner < vector else "split" if inner % vector else "vector"
+    lookup = "vector" if channels == 1 or inner % vector == 0 else "split" if inner > vector else "element"
     candidates = [_flat(size, channels, inner, vector, lookup)]
     least = vector // math.gcd(period, vector)
     for widening in range(1, WIDEST + 1):
@@ -147,16 +154,15 @@ def _flat(size: int, channels: int, inner: int, vector: int, lookup: str) -> Pla
 def _rows(size: int, channels: int, inner: int, vector: int, copies: int, lookup: str) -> list[Plan]:
     row = copies * channels * inner // vector
     rows = -(-size // (row * vector))
-    # With many channels a vector the sums run down the rows: 16 rows of threads, each 8 vectors = 128 bytes across.
-    shapes = [(DEPTH, 8, 16)] if lookup == "element" else [(DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
+    shapes = [(2 * DEPTH, 1, THREADS), (DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
+    if lookup == "element":
+        # Many channels a vector: the sums run down the rows, 8 rows of threads, each 16 vectors = 256 bytes across.
+        shapes = [(2 * DEPTH, 8, 16), (DEPTH, 8, 16)]
     return [Plan(size, channels, inner, vector, row, copies, rows, *shape, lookup) for shape in shapes]
 
 
 def _cost(plan: Plan) -> tuple[float, int]:
-    """Lanes, plus a share for what a thread does once: about 2 vectors' work a lookup, of which flat tiles do 4."""
-    lookups = plan.across / THREADS if plan.lanes_down == 1 else 1
-    if plan.lookup == "element":
-        lookups *= 4
-    elif plan.lookup == "vector":
-        lookups *= 0.5
-    return plan.waste * (1 + 0.2 * lookups), plan.copies
+    """Instructions: a thread's own, those of each vector column it looks up, and those of each vector it does."""
+    columns = plan.lanes_down * plan.across // THREADS
+    thread = 80 + columns * (LOOKUP_COST[plan.lookup] + 64 * plan.depth)
+    return plan.programs * thread, plan.copies

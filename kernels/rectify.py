@@ -113,6 +113,12 @@ def _unsigned(position, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _counted(vector, FAR: tl.constexpr):
+    """Vector indices as Philox counts them: in 64 bits only where the tensor is FAR, past 2^34 elements."""
+    return vector.to(tl.uint64 if FAR else tl.uint32)
+
+
+@triton.jit
 def _tail(vectors, tail, tail_at, V: tl.constexpr, WIDE: tl.constexpr):
     """The last elements, which fill no vector: (their vector, its first element's place in the row, mask)."""
     vector = vectors.to(tl.int64) + tl.zeros((1, 1, 1, 1), tl.int64)
@@ -155,14 +161,15 @@ def _forward(
 def forward(
     input, out, bias, weight, seed, lower: "i64", upper: "i64", channels, inner, row, columns, vectors, tail, tail_at,
     RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
-    V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
+    FAR: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """out = rectify(input + bias); BIAS and WEIGHT are the lookups of the two parameters, or ""."""
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
     shift, slope = _parameters(
-        bias, weight, seed, lower, upper, channels, inner, start + behind, _unsigned(g * V, WIDE), in_row,
-        RULE, BIAS, WEIGHT, V, COMPUTE,
+        bias, weight, seed, lower, upper, channels, inner, _counted(start + behind, FAR), _unsigned(g * V, WIDE),
+        in_row, RULE, BIAS, WEIGHT, V, COMPUTE,
     )  # fmt: skip
     at = start * V
     _forward(input + at, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
@@ -170,7 +177,7 @@ def forward(
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
             last_shift, last_slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, last, first, ragged,
+                bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, ragged,
                 RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
             _forward(input, out, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE)
@@ -256,7 +263,7 @@ def backward(
     grad, saved, grad_input, bias, weight, seed, partials, tails, lower: "i64", upper: "i64",
     channels, inner, row, columns, vectors, tail, tail_at, entries, stride,
     RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
-    TAIL: tl.constexpr, WIDE: tl.constexpr, LOOKUP: tl.constexpr, SEGMENT: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, LOOKUP: tl.constexpr, SEGMENT: tl.constexpr,
     V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     SUMS: tl.constexpr = SUM_BIAS + SUM_WEIGHT
@@ -267,8 +274,8 @@ def backward(
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
     shift, slope = _parameters(
-        bias, weight, seed, lower, upper, channels, inner, start + behind, _unsigned(g * V, WIDE), in_row,
-        RULE, BIAS, WEIGHT, V, COMPUTE,
+        bias, weight, seed, lower, upper, channels, inner, _counted(start + behind, FAR), _unsigned(g * V, WIDE),
+        in_row, RULE, BIAS, WEIGHT, V, COMPUTE,
     )  # fmt: skip
     at = start * V
     dx, dw = _backward(
@@ -283,7 +290,7 @@ def backward(
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
             last_shift, last_slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, last, first, ragged,
+                bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, ragged,
                 RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
             last_dx, last_dw = _backward(
