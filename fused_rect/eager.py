@@ -77,16 +77,18 @@ def _from_output(
     grad: Tensor, out: Tensor, op: str, slope: float, grad_input: Tensor, bias: Tensor | None, need_bias: bool
 ) -> tuple[Tensor | None, None]:
     """One pass of ATen's own kernel, where masks and products would take three."""
+    g = grad_input
+    narrow = grad.dtype not in (torch.float32, torch.float64)
+    if need_bias and narrow and op != "relu":
+        # The bias sums the products before their rounding, so before grad_input, which may be grad, is written.
+        g = torch.where(out > 0, grad.float(), grad.float() * slope)
     if op == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad_input)
     else:
         torch.ops.aten.leaky_relu_backward.grad_input(grad, out, slope, True, grad_input=grad_input)
     if not need_bias:
         return None, None
-    g = grad_input
-    if grad.dtype not in (torch.float32, torch.float64):  # the bias sums the products before their rounding
-        g = torch.where(out > 0, grad.float(), grad.float() * slope) if op != "relu" else g.float()
-    return _bias_gradient(g, grad, bias), None
+    return _bias_gradient(g.float() if narrow else g, grad, bias), None
 
 
 def _bias_gradient(g: Tensor, grad: Tensor, bias: Tensor | None) -> Tensor:

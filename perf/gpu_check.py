@@ -30,14 +30,26 @@ import fused_rect as fr
 from fused_rect import eager, rectifiers
 
 from . import roofline
-from .compiling import RECTIFIERS
 from .measure import Case, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 BOUNDS = {"leaky_relu": (0.1, 0.1), "rrelu": (1 / 8, 1 / 3), "rrelu_divisor": (3.0, 8.0)}
 DTYPES = ("float32", "bfloat16", "float16")
-SHAPES = ((2, 3, 5, 7), (4, 51, 29, 31), (1, 64, 56, 56), (8, 96, 28, 28), (33, 10))
+# (rule, lower, upper, slopes learned: one a channel where C)
+RULES = (
+    ("relu", 0.0, 0.0, ""),
+    ("leaky_relu", 0.1, 0.1, ""),
+    ("leaky_relu", -0.5, -0.5, ""),
+    ("prelu", 0.0, 0.0, "C"),
+    ("prelu", 0.0, 0.0, "1"),
+    ("rrelu", 1 / 8, 1 / 3, ""),
+    ("rrelu", -0.5, 0.5, ""),
+    ("rrelu_divisor", 3.0, 8.0, ""),
+)
+# Planes of whole vectors, of parts, and smaller than a vector; one row of tiles and several; ragged last vectors.
+SMALL = ((2, 3, 5, 7), (40, 12, 5, 3), (24, 5, 6, 6), (12, 3, 24, 9), (33, 10))
+SHAPES = (*SMALL, (5, 7, 13, 11), (6, 24, 16, 16), (3, 2, 64, 33), (4, 51, 29, 31))
 MEASURED = (32, 64, 128, 128)  # 33.6M elements: no cache holds it
 Report = dict[str, Any]
 
@@ -45,11 +57,13 @@ Report = dict[str, Any]
 # ---- the kernels against the eager path ----
 
 
-def agreement(device: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Report:
-    """Forward, grad_input and the sums of the fused kernels on ``device``, against the eager path on the CPU."""
+def agreement(
+    device: str, shapes: Sequence[tuple[int, ...]] = SHAPES, dtypes: Sequence[str] = (*DTYPES, "float64")
+) -> Report:
+    """Forward, grad_input and the sums of the fused kernels on ``device``, in place, against eager on the CPU."""
     rows = [
         _differences(*case, device=device)
-        for case in product(RECTIFIERS, DTYPES, ("contiguous", "channels_last"), shapes)
+        for case in product(RULES, dtypes, ("contiguous", "channels_last"), shapes)
         if case[2] == "contiguous" or len(case[3]) == 4
     ]
     worst = {key: max(row[key] for row in rows) for key in ("forward", "grad_input", "sums")}
@@ -57,39 +71,56 @@ def agreement(device: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Report
     return {"ok": not wrong, "cases": len(rows), "worst, in tolerances": worst, "wrong": wrong}
 
 
-def _differences(rule: str, dtype: str, layout: str, shape: tuple[int, ...], device: str) -> Report:
-    """The largest differences over what is allowed: two roundings of the dtype, for sums those of float32 adding."""
-    generator = torch.Generator().manual_seed(0)
+def _differences(
+    rule: tuple[str, float, float, str], dtype: str, layout: str, shape: tuple[int, ...], device: str
+) -> Report:
+    """The largest differences over what is allowed: two roundings of the dtype, and for sums those of adding."""
+    name, lower, upper, learned = rule
     number = getattr(torch, dtype)
-    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, g = (torch.randn(shape, generator=generator).to(number).contiguous(memory_format=memory) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator).to(number) for _ in range(2))
     bias, weight = (torch.randn(shape[1], generator=generator).to(number) for _ in range(2))
-    seed = torch.tensor([-1234567890123456789])
-    arguments = rule, *BOUNDS.get(rule, (0.0, 0.0))
+    x[-1] = -bias.view(-1, *[1] * (x.dim() - 2))  # z = 0 in the last example; NaN and infinities in the first
+    corner = (0,) * (x.dim() - 2)
+    for channel, value in ((0, float("nan")), (shape[1] // 2, float("-inf")), (-1, float("inf"))):
+        x[(0, channel, *corner)] = value
+    if layout == "channels_last":
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    given = [x, g, bias, weight[: 1 if learned == "1" else None], torch.tensor([-1234567890123456789])]
 
     def call(module: Any, where: str) -> list[Tensor]:
-        on = {"x": x, "g": g, "bias": bias, "weight": weight, "seed": seed}
-        on = {name: tensor.to(where) for name, tensor in on.items()}
-        learned = on["weight"] if rule == "prelu" else None
-        out, grad_input = torch.empty_like(on["x"]), torch.empty_like(on["x"])
-        module.forward(on["x"], on["bias"], learned, on["seed"], *arguments, out)
-        saved = out if rectifiers.saves_output(rule, arguments[1]) else on["x"]
-        sums = module.backward(
-            on["g"], saved, on["bias"], learned, on["seed"], *arguments, grad_input, True, rule == "prelu"
-        )
-        return [t.cpu() for t in (out, grad_input, *sums) if t is not None]
+        x, grad, bias, weight, seed = (t.to(where, copy=True) for t in given)
+        slopes = weight if learned else None
+        arguments = name, lower, upper
+        out = x.clone()
+        module.forward(out, bias, slopes, seed, *arguments, out)
+        saved = out if rectifiers.saves_output(name, lower) else x
+        sums = module.backward(grad, saved, bias, slopes, seed, *arguments, grad, True, bool(learned))
+        return [t.cpu() for t in (out, grad, *sums) if t is not None]
 
     with fr.backend("triton"):
         fused = call(fr.backends.resolve(torch.device(device).type), device)
     expected = call(eager, "cpu")
+    accumulated = 16 * torch.finfo(torch.promote_types(number, torch.float32)).eps
+    counts = [0, 0, x.numel() // shape[1], x.numel() // weight[: 1 if learned == "1" else None].numel()]
     step = torch.finfo(number).eps
-    counted = x.numel() // shape[1]
     over = [
-        float(((a.double() - b.double()).abs() / (2 * step * b.double().abs() + scale)).max())
-        for a, b, scale in zip(fused, expected, [1e-6, 1e-6, *[2e-6 * counted**0.5 + 1e-6] * 2])
+        _over(a.double(), b.double(), 2 * step * b.double().abs() + step**2 + accumulated * count**0.5)
+        for a, b, count in zip(fused, expected, counts)
     ]
-    names = {"rule": rule, "dtype": dtype, "layout": layout, "shape": list(shape)}
+    names = {
+        "rule": f"{name} {lower:.3g} {upper:.3g} {learned}",
+        "dtype": dtype,
+        "layout": layout,
+        "shape": list(shape),
+    }
     return {**names, "forward": over[0], "grad_input": over[1], "sums": max(over[2:])}
+
+
+def _over(a: Tensor, b: Tensor, allowed: Tensor) -> float:
+    """The largest difference, in what is allowed; NaN where the other has none is infinitely wrong."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs() / allowed).nan_to_num(nan=float("inf")).max())
 
 
 # ---- the tests ----

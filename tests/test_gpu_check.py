@@ -31,23 +31,41 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.ptx
-def test_the_kernels_agree_with_the_eager_path(interpreted):
-    found = gpu_check.agreement("cpu", [(2, 3, 5, 7)])
-    assert not found["wrong"], found["wrong"][0]  # the interpreter truncates to bfloat16: within two roundings
-    assert found["ok"] and found["cases"] == 30
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", gpu_check.SMALL)
+def test_the_kernels_agree_with_the_eager_path(shape, dtype, interpreted):
+    found = gpu_check.agreement("cpu", [shape], [dtype])
+    assert not found["wrong"], found["wrong"][0]
+    assert found["ok"] and found["cases"] == 8 * (2 if len(shape) == 4 else 1)
 
 
 @pytest.mark.ptx
-def test_a_kernel_that_is_wrong_is_found(interpreted, monkeypatch):
-    right = gpu_check.eager.forward
+def test_float64_agrees_too(interpreted):
+    assert gpu_check.agreement("cpu", [(2, 3, 5, 7)], ["float64"])["ok"]
 
-    def wrong(input, bias, weight, seed, op, lower, upper, out):
-        right(input, bias, weight, seed, op, lower, upper, out)
-        out[-1] += 0.05
 
-    monkeypatch.setattr(gpu_check.eager, "forward", wrong)
-    found = gpu_check.agreement("cpu", [(2, 3, 5, 7)])
-    assert not found["ok"] and found["worst, in tolerances"]["forward"] > 1
+@pytest.mark.ptx
+@pytest.mark.parametrize("wrong", ["out", "grad_input", "sum"])
+def test_a_kernel_that_is_wrong_is_found(wrong, interpreted, monkeypatch):
+    forward, backward = gpu_check.eager.forward, gpu_check.eager.backward
+
+    def wrong_forward(*arguments):
+        forward(*arguments)
+        if wrong == "out":
+            arguments[-1][1] += 1e-5
+
+    def wrong_backward(*arguments):
+        bias, weight = backward(*arguments)
+        if wrong == "grad_input":
+            arguments[8][1] += 1e-5
+        return (bias + 1e-3 if wrong == "sum" else bias), weight
+
+    monkeypatch.setattr(gpu_check.eager, "forward", wrong_forward)
+    monkeypatch.setattr(gpu_check.eager, "backward", wrong_backward)
+    found = gpu_check.agreement("cpu", [(2, 3, 5, 7)], ["float32"])
+    assert not found["ok"]
+    place = {"out": "forward", "grad_input": "grad_input", "sum": "sums"}[wrong]
+    assert found["worst, in tolerances"][place] > 1
 
 
 def again(step):
