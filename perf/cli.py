@@ -110,10 +110,23 @@ def _checked(options: argparse.Namespace) -> Any:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     if options.model:
-        from .peers import load_model
-
-        load_model(options.model, list(options.shape) if options.shape else None, options.dtype, options.device)
+        _check_model(options)
     return None if options.compare is None else records.load(options.compare)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    """Say which of the model's sites fuse() takes, and why not the others, before minutes go into timing it."""
+    from fused_rect import fusion
+
+    from .peers import load_model
+
+    shape = list(options.shape) if options.shape else None
+    model, _ = load_model(options.model, shape, options.dtype, options.device)
+    sites = fusion.report(model)
+    print(f"{sum(site.fused for site in sites)} of {len(sites)} sites of {options.model} are fused")
+    for site in sites:
+        if not site.fused:
+            print(f"  {site}")
 
 
 def _measured(work: list[records.Job], options: argparse.Namespace, console: Console) -> Any:

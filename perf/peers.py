@@ -23,7 +23,7 @@ from .measure import Runs, named
 from .workloads import Layer
 
 FUSED, EAGER, IN_PLACE = "fused", "eager", "eager in place"
-COMPILED, FUSED_COMPILED = "torch.compile", "fused, compiled"
+COMPILED, FUSED_COMPILED, ONEDNN = "torch.compile", "fused, compiled", "oneDNN"
 CONVOLUTION, COPY, MATMUL = "convolution alone", "copy", "matrix product"
 LEFT_OUT = "left out by default, since compiling takes seconds a case: add --compile"
 YARDSTICKS = (CONVOLUTION, COPY, MATMUL)
@@ -150,6 +150,7 @@ def _layer_calls(
         runs[FUSED_COMPILED] = _or_reason(_compile_fused(copy_of(pair)), (x,), parameters, mode)
     else:
         runs[COMPILED] = LEFT_OUT
+    runs[ONEDNN] = _onednn(spec, convolution, activation, x, mode)
     runs |= _packages(spec, pair, x, parameters, mode)
     bare = copy_of(convolution)
     bare.bias = None
@@ -175,6 +176,30 @@ def _epilogue_calls(
 def _fused_epilogue(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
     weight, seed, rule = fr.nn.epilogue_arguments(activation, z)
     return fr.ops.rectify(z, bias, weight, seed, *rule)  # type: ignore[no-any-return]
+
+
+def _onednn(spec: Layer, convolution: Any, activation: Any, x: Tensor, mode: str) -> Call | str:
+    """The convolution that Inductor puts into frozen CPU models: it applies the rectifier to its sums itself."""
+    if mode != "inference" or x.device.type != "cpu":
+        return "its fused convolution is for inference on a CPU"
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this torch was built without it"
+    if spec.rectifier == "prelu":
+        return "fuses no PReLU"
+    name, slopes = ("relu", []) if spec.rectifier == "relu" else ("leaky_relu", [_fixed_slope(activation)])
+    sizes = (spec.padding, spec.stride, (spec.dilation,) * spec.rank, 1)
+
+    def run(x: Tensor) -> Any:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, convolution.weight, convolution.bias, *sizes, name, slopes, ""
+        )
+
+    return _or_reason(run, (x,), [], mode)
+
+
+def _fixed_slope(activation: Any) -> float:
+    slope: float = fr.nn.epilogue_arguments(activation, torch.empty(0))[2][1]
+    return slope
 
 
 def copy_of(module: nn.Module) -> Any:

@@ -69,6 +69,18 @@ def test_interval_covers_in_95_of_100_runs(between, within):
     assert hits >= 0.92 * 400  # 2.8 standard deviations below 95 %
 
 
+def test_a_two_level_bootstrap_would_cover_too_little():
+    """Why the interval is Student's: three processes that differ, resampled with their rounds 200 times."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        logs = rng.normal(size=(3, 1)) * 0.02 + rng.standard_t(3, size=(3, 7)) * 0.006
+        drawn = logs[rng.integers(3, size=(200, 3))[..., None], rng.integers(7, size=(200, 3, 7))]
+        low, high = np.percentile(np.median(np.median(drawn, axis=2), axis=1), [2.5, 97.5])
+        hits += low <= 0 <= high
+    assert hits <= 0.85 * 400
+
+
 def test_interval_of_one_process_uses_its_rounds_and_of_one_sample_is_unbounded():
     assert interval(np.array([[1.0, 2.0, 4.0]])).degrees == 2
     assert interval(np.array([[1.0, 2.0, 4.0]])).value == pytest.approx(2.0)

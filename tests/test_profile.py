@@ -61,12 +61,21 @@ def test_peers_compute_what_the_fused_call_computes(rectifier, part, layout):
     first = lambda made: made[0] if isinstance(made, list) else made  # noqa: E731
     expected = first(runs[peers.FUSED]())
     names = set(runs) - {peers.FUSED, *peers.YARDSTICKS}
-    assert names == {peers.EAGER} | ({peers.IN_PLACE} if part == "layer" and rectifier != "prelu" else set())
+    expected_names = {peers.EAGER}
+    if part == "layer" and rectifier != "prelu":
+        expected_names |= {peers.IN_PLACE}
+    assert names == expected_names
     for name in names:
         torch.testing.assert_close(first(runs[name]()), expected)
     assert (expected < 0).any() or rectifier == "relu"
     if layout == "channels_last":
         assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("rectifier", ("relu", "leaky_relu", "rrelu"))
+def test_onednn_infers_what_the_fused_layer_infers(rectifier):
+    runs = calls(rectifier, "layer", "inference", dtype="float32")
+    torch.testing.assert_close(runs[peers.ONEDNN](), runs[peers.FUSED]())
 
 
 @pytest.mark.exhaustive
