@@ -7,7 +7,6 @@
 // Both cut the tensor by its shape alone and add partial sums in a fixed order, so the bits don't depend on the number of threads.
 // Compile with -ffp-contract=off: float32 equals eager bit for bit, and the sums are those of the products stored.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -52,6 +51,7 @@ template <class T> struct Element {
   using V = vec<A, lanes>;
   static V read(const T *p) { return load<V>(p); }
   static void write(T *p, V v) { store(p, v); }
+  static void write_exact(T *p, V v) { store(p, v); }  // of a value that T holds
 };
 
 struct Short {
@@ -60,6 +60,14 @@ struct Short {
   using V = vec<float, lanes>;
   using U = vec<uint32_t, lanes>;
   using H = vec<uint16_t, lanes>;
+
+  static H narrow(U u) {  // of values below 2^16
+#if VECTOR_BYTES == 32
+    return (H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+    return __builtin_convertvector(u, H);
+#endif
+  }
 };
 
 template <> struct Element<bf16> : Short {
@@ -67,11 +75,13 @@ template <> struct Element<bf16> : Short {
   static void write(bf16 *p, V v) {  // nearest even; not vcvtneps2bf16, which flushes subnormals
     U u = (U)v;
     U r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    store(p, __builtin_convertvector(v == v ? r : U{} + 0x7fc0, H));
+    store(p, narrow(v == v ? r : U{} + 0x7fc0));
   }
+  static void write_exact(bf16 *p, V v) { store(p, narrow((U)v >> 16)); }
 };
 
 template <> struct Element<fp16> : Short {
+  static void write_exact(fp16 *p, V v) { write(p, v); }
 #if VECTOR_BYTES == 64
   static V read(const fp16 *p) { return (V)_mm512_cvtph_ps(load<__m256i>(p)); }
   static void write(fp16 *p, V v) { store(p, _mm512_cvtps_ph((__m512)v, 0)); }
@@ -96,7 +106,7 @@ template <> struct Element<fp16> : Short {
     U r = (m < (113u << 23)) ? small : normal;
     r = (m >= 0x477ff000) ? U{} + 0x7c00 : r;                       // 65520 and above: infinite
     r = (m > 0x7f800000) ? U{} + 0x7e00 : r;
-    store(p, __builtin_convertvector(r | sign, H));
+    store(p, narrow(r | sign));
   }
 #endif
 };
@@ -137,62 +147,72 @@ u64 multiply(u64 x, uint32_t by) {
 #endif
 }
 
-// Words of `batch` successive counters, in the order of the positions they serve.
-void philox(uint64_t seed, uint64_t counter, uint32_t *words) {
-  u64 x0, x1, x2{}, x3{};
-  for (int i = 0; i < batch; i++) x0[i] = counter + (i % 2) * (batch / 2) + i / 2;  // 0 4 1 5 2 6 3 7: then two unpacks restore order
-  x1 = x0 >> 32;
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+// The 64-bit seed as keys of the rounds, spread over vectors once a call.
+struct Philox {
+  u64 key0[rounds], key1[rounds], lanes;
+
+  explicit Philox(uint64_t seed) {
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int r = 0; r < rounds; r++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) key0[r] = u64{} + k0, key1[r] = u64{} + k1;
+    for (int i = 0; i < batch; i++) lanes[i] = (i % 2) * (batch / 2) + i / 2;  // 0 4 1 5 2 6 3 7: two unpacks restore order
+  }
+
+  // Words of `batch` successive counters, in the order of the positions they serve.
+  [[gnu::always_inline]] void words(uint64_t counter, uint32_t *to) const {
+    u64 x0 = lanes + counter, x1 = x0 >> 32, x2{}, x3{};
 #pragma GCC unroll 7
-  for (int r = 0; r < rounds; r++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    u64 p0 = multiply(x0, 0xD2511F53u), p1 = multiply(x2, 0xCD9E8D57u);
-    x0 = (p1 >> 32) ^ x1 ^ k0, x2 = (p0 >> 32) ^ x3 ^ k1, x1 = p1, x3 = p0;
-  }
-  u64 a = (x0 & 0xffffffff) | x1 << 32, b = (x2 & 0xffffffff) | x3 << 32;
+    for (int r = 0; r < rounds; r++) {
+      u64 p0 = multiply(x0, 0xD2511F53u), p1 = multiply(x2, 0xCD9E8D57u);
+      x0 = (p1 >> 32) ^ x1 ^ key0[r], x2 = (p0 >> 32) ^ x3 ^ key1[r], x1 = p1, x3 = p0;
+    }
+    u64 a = (x0 & 0xffffffff) | x1 << 32, b = (x2 & 0xffffffff) | x3 << 32;
 #if VECTOR_BYTES == 64
-  store(words, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
-  store(words + 16, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
+    store(to, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
+    store(to + 16, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
 #elif VECTOR_BYTES == 32
-  store(words, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
-  store(words + 8, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
+    store(to, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
+    store(to + 8, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
 #else
-  for (int i = 0; i < 2; i++) {
-    store(words + 4 * i, (uint64_t)a[i]);
-    store(words + 4 * i + 2, (uint64_t)b[i]);
-  }
+    for (int i = 0; i < 2; i++) {
+      store(to + 4 * i, (uint64_t)a[i]);
+      store(to + 4 * i + 2, (uint64_t)b[i]);
+    }
 #endif
-}
+  }
+};
 
 constexpr int64_t longest = 2048;  // no walk asks for a longer segment
 
 // A window of slopes in L1, moved along as segments ask for positions.
 template <class A> struct Slopes {
-  uint64_t seed;
+  static constexpr int64_t step = 64;  // a loop of 16 GCC unrolls before it could vectorize it
+  Philox philox;
   A scale, middle;
   bool divisor;
   int64_t begin = 0, end = 0;
-  A window[longest + 8 * batch];
+  A window[longest + 2 * step];
 
-  Slopes(const Call &c)
-      : seed((uint64_t)*c.seed), scale((A)((c.upper - c.lower) * 0x1p-32)), middle((A)((c.upper + c.lower) / 2)), divisor(c.divisor) {}
+  explicit Slopes(const Call &c)
+      : philox((uint64_t)*c.seed), scale((A)((c.upper - c.lower) * 0x1p-32)), middle((A)((c.upper + c.lower) / 2)), divisor(c.divisor) {}
 
   // Slopes of [position, position + count); the positions up to `stop` are likely next, in segments of the same length.
   const A *at(int64_t position, int64_t count, int64_t stop) {
     if (position < begin || position + count > end) {
       begin = position & ~(int64_t)3;
-      int64_t wanted = std::min(stop, position + count * (longest / count)) - begin, filled = 0;
-      for (; filled < wanted; filled += 4 * batch) fill(window + filled, (uint64_t)(begin + filled) / 4);
-      end = begin + filled;
+      end = begin;
+      fill(std::min(stop, position + count * (longest / count)) - begin);
     }
     return window + (position - begin);
   }
 
-  void fill(A *to, uint64_t counter) const {
-    uint32_t words[4 * batch];
-    philox(seed, counter, words);
-    for (int i = 0; i < 4 * batch; i++) to[i] = multiply_add((A)(int32_t)words[i], scale, middle);
+  void fill(int64_t wanted) {
+    for (A *to = window; end - begin < wanted; to += step, end += step) {
+      uint32_t words[step];
+      for (int i = 0; i < step; i += 4 * batch) philox.words((uint64_t)(end + i) / 4, words + i);
+      for (int i = 0; i < step; i++) to[i] = multiply_add((A)(int32_t)words[i], scale, middle);
+    }
     if (divisor)
-      for (int i = 0; i < 4 * batch; i++) to[i] = 1 / to[i];
+      for (int64_t i = 0; i < end - begin; i++) window[i] = 1 / window[i];
   }
 
   static A multiply_add(A x, A y, A z) {
@@ -229,7 +249,8 @@ template <class T, Rule R, bool ROWS, bool BACK> struct Segment {
     if (!BACK) return E::write(out, R == relu ? (z < 0 ? V{} : z) : (z > 0 ? z : s * z));
     M negative = R == relu || random ? z <= 0 : ~(z > 0);  // where eager sends the gradient of a NaN
     V result = negative ? (R == relu ? V{} : g * s) : g, slope_term = negative ? g * z : V{};
-    E::write(out, result);
+    if (R == relu) E::write_exact(out, result);
+    else E::write(out, result);
     if (live) result = *live ? result : V{}, slope_term = *live ? slope_term : V{};
     add(sums.bias + i, bias_sum, result);
     if (R == prelu) add(sums.weight + i, weight_sum, slope_term);
@@ -276,28 +297,30 @@ template <class T, Rule R, bool ROWS, bool BACK> struct Segment {
 
 // ---------------------------------------------------------------- threads: torch's pool
 
-using Body = void (*)(void *);
-
-// The OpenMP runtime torch has loaded (found by name, so there is never a second one), else threads of our own.
-void team(Body body, void *data, int threads) {
-  using Parallel = void (*)(Body, void *, unsigned, unsigned);
-  static const Parallel parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-  if (parallel) return parallel(body, data, (unsigned)threads, 0);
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back(body, data);
-  body(data);
-  for (auto &t : others) t.join();
-}
-
+// Work in equal shares, each thread the same stretch of memory every time, as ATen cuts it: what one op leaves in a core's
+// caches the next one finds there. (Handing out small items as threads come free ran ReLU 3 times slower.)
 template <class F> void parallel_for(int64_t items, int threads, const F &work) {
-  struct Shared { std::atomic<int64_t> next; int64_t items; const F &work; } shared{{0}, items, work};
-  Body body = [](void *p) {
-    auto &s = *(Shared *)p;
-    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.items;) s.work(i);
-  };
+  struct Shared {
+    int64_t items;
+    const F &work;
+    void share(int64_t thread, int64_t of) const {
+      for (int64_t i = items * thread / of, stop = items * (thread + 1) / of; i < stop; i++) work(i);
+    }
+  } shared{items, work};
   threads = (int)std::min<int64_t>(threads, items);
-  if (threads > 1) team(body, &shared, threads);
-  else body(&shared);
+  if (threads < 2) return shared.share(0, 1);
+
+  // The OpenMP runtime torch has loaded, found by name so that there is never a second one; else threads of our own.
+  using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+  static const auto parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  static const auto thread = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+  static const auto team = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+  if (parallel && thread && team)
+    return parallel([](void *data) { ((const Shared *)data)->share(thread(), team()); }, &shared, (unsigned)threads, 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back([&, i] { shared.share(i, threads); });
+  shared.share(0, threads);
+  for (auto &t : others) t.join();
 }
 
 // ---------------------------------------------------------------- whole tensors
@@ -420,9 +443,10 @@ extern "C" void fused_rect(const Call *call) {
 
 // The words of `count` counters from `counter` on: what tests compare with the published vectors.
 extern "C" void fused_rect_words(uint64_t seed, uint64_t counter, int64_t count, uint32_t *to) {
+  const Philox philox(seed);
   uint32_t words[4 * batch];
   for (int64_t i = 0; i < count; i += batch) {
-    philox(seed, counter + (uint64_t)i, words);
+    philox.words(counter + (uint64_t)i, words);
     std::memcpy(to + 4 * i, words, 16 * std::min<int64_t>(batch, count - i));
   }
 }
