@@ -1,5 +1,6 @@
 """Statistics against hand-made numbers, sentences that follow the numbers, the report, and the command end to end."""
 
+import importlib.util
 import json
 import math
 
@@ -178,6 +179,11 @@ def test_in_two_processes_the_numbers_are_the_same(study, tmp_path):
         ("--data digits --lr -1", "lr must be"),
         ("--seeds 0", "--seeds"),
         ("--data digits --split validation", "validation_images"),
+        pytest.param(
+            "--data digits --tensorboard",
+            "pip install tensorboard",
+            marks=pytest.mark.skipif(bool(importlib.util.find_spec("tensorboard")), reason="it is installed"),
+        ),
     ],
 )
 def test_bad_options_are_named_before_anything_is_written(arguments, message, tmp_path, capsys):

@@ -134,6 +134,9 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         checkpoint.save(path, {"identity": "a", "value": 2})
     assert checkpoint.load(path, "a")["value"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt.*delete it"):
+        checkpoint.load(path, "a")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):

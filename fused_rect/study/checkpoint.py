@@ -30,10 +30,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, identity: str) -> dict[str, Any] | None:
-    """The state at ``path``, None where there is none. ValueError for the checkpoint of another run."""
+    """The state at ``path``, None where there is none. ValueError for another run's, or a damaged one."""
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on a file that is not its own
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); delete it to start anew"
+        ) from error
     if state["identity"] != identity:
         raise ValueError(
             f"{path} is the checkpoint of a run with other settings, data or number of processes; "

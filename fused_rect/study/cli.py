@@ -8,6 +8,7 @@ Without options, a study of minutes on two cores: Fashion-MNIST where it is inst
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import sys
@@ -106,6 +107,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("first_seed", "jobs", "checkpoint_every"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(options, name)}")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
 
 
 def _variants(text: str) -> list[str]:
