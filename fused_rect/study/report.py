@@ -139,7 +139,7 @@ def show(console: Console, value: dict[str, Any]) -> None:
         console.print(_cost_table(value["cost"]))
     console.print("[bold]What these data can and cannot separate[/bold]")
     for sentence in value["conclusions"]:
-        console.print(f"- {sentence}", highlight=False)
+        console.print(f"- {sentence}", highlight=False, markup=False)
     console.print("[bold]Departures from[/bold] " + value["deviations_from"])
     for line in value["deviations"]:
         console.print(f"- {line}", highlight=False, markup=False)
