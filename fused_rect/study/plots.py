@@ -88,6 +88,7 @@ def differences(frame: pd.DataFrame) -> str:
             unit = " (percentage points)" if metric == "test_error" else ""
             axis.set_xlabel(f"{statistics.METRICS[metric]} − that of {VARIANTS[first].label}{unit}")
             axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
         return _svg(figure, "differences")
 
 

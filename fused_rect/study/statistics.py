@@ -157,7 +157,7 @@ def _headline(pairs: pd.DataFrame, metric: str) -> str:
     needed = ""
     if not row["separated"] and math.isfinite(row["seeds_needed"]) and row["seeds_needed"] > row["n"]:
         needed = f"; were that the true difference and spread, about {int(row['seeds_needed']):,} seeds would show it"
-    low, high = (_signed(row[bound], metric) for bound in ("low", "high"))
+    low, high = (_signed(row[bound], metric).removesuffix(" points") for bound in ("low", "high"))
     return (
         f"RReLU − ReLU in {METRICS[metric]}: {_signed(row['difference'], metric)} [{low}, {high}], "
         f"Holm-corrected p {p_value(row['p_holm'], '= ')}: {verdict}{needed}."
@@ -196,8 +196,7 @@ def _amount(value: float, metric: str) -> str:
 
 
 def _signed(value: float, metric: str) -> str:
-    text = f"{100 * abs(value):.2f} points" if metric == "test_error" else f"{abs(value):.3f}"
-    return ("−" if value < 0 else "+") + text
+    return ("−" if value < 0 else "+") + _amount(abs(value), metric)
 
 
 def p_value(p: float, relation: str = "") -> str:
