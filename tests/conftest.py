@@ -13,12 +13,15 @@ if FORCED != "triton":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import fused_rect as fr
 
 settings.register_profile("fused_rect", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("fused_rect")
+# For mutation.py, which asks whether a test fails and not for the least example that makes it fail.
+SHRINKLESS = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
+settings.register_profile("without_shrinking", settings.get_profile("fused_rect"), phases=SHRINKLESS)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

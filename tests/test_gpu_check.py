@@ -19,7 +19,7 @@ def interpreted():
 
     from fused_rect.kernels import rectify
 
-    if isinstance(rectify.forward, triton.JITFunction) and not torch.cuda.is_available():
+    if isinstance(rectify.forward, triton.JITFunction):
         pytest.skip("the kernels are not interpreted in this run")
 
 
@@ -30,21 +30,15 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.ptx
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("shape", gpu_check.SMALL)
+@pytest.mark.parametrize(
+    "shape, dtype", [((2, 3, 5, 7), "float32"), ((40, 12, 5, 3), "float16"), ((33, 10), "float64")]
+)
 def test_the_kernels_agree_with_the_eager_path(shape, dtype, interpreted):
     found = gpu_check.agreement("cpu", [shape], [dtype])
     assert not found["wrong"], found["wrong"][0]
     assert found["ok"] and found["cases"] == 8 * (2 if len(shape) == 4 else 1)
 
 
-@pytest.mark.ptx
-def test_float64_agrees_too(interpreted):
-    assert gpu_check.agreement("cpu", [(2, 3, 5, 7)], ["float64"])["ok"]
-
-
-@pytest.mark.ptx
 @pytest.mark.parametrize("wrong", ["out", "grad_input", "sum"])
 def test_a_kernel_that_is_wrong_is_found(wrong, interpreted, monkeypatch):
     forward, backward = gpu_check.eager.forward, gpu_check.eager.backward

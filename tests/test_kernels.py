@@ -40,7 +40,7 @@ class Case:
     """Arguments of one call, its tensors in the middle of guarded storage, ``shift`` elements off 16-byte alignment."""
 
     def __init__(self, shape, order, dtype, rule, bias=True, per_channel=True, shift=0, edges=False, seed=0):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         self.shape, self.order, self.dtype, self.shift = shape, order, dtype, shift
         self.rule, self.lower, self.upper = rule
         self.guarded = []

@@ -1,0 +1,226 @@
+"""The mutants of `make mutants`: one line of code each, changed as a tired programmer might have written it.
+
+A fast test (test_mutation.py) checks that every text to replace still stands in its file exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    name: str
+    old: str  # occurs once in the file
+    new: str
+    equivalent: str = ""  # why no test can tell, for a mutant that may survive
+
+
+PHILOX, RECTIFY, REDUCE = "kernels/philox.py", "kernels/rectify.py", "kernels/reduce.py"
+PLAN, LAUNCH, NATIVE, EAGER = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp", "fused_rect/eager.py"
+
+# The tests that run first for a file; where all of them pass, REST decides.
+FOCUSED = {
+    PHILOX: ["tests/test_philox.py", "tests/test_kernels.py"],
+    RECTIFY: ["tests/test_kernels.py"],
+    REDUCE: ["tests/test_kernels.py"],
+    PLAN: ["tests/test_plan.py"],
+    LAUNCH: ["tests/test_kernels.py"],
+    NATIVE: ["tests/test_native.py"],
+    EAGER: ["tests/test_kernels.py"],
+}
+REST = ["tests/test_plan.py", "tests/test_kernels.py", "tests/test_native.py", "tests/test_gpu_check.py"]
+
+MUTANTS = [
+    # ---- random slopes
+    Mutant(PHILOX, "a round too few", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(6)"),
+    Mutant(PHILOX, "a digit of the multiplier", "0xD2511F53", "0xD2511F57"),
+    Mutant(PHILOX, "the same key step for both words", "k1 = k1 + 0xBB67AE85", "k1 = k1 + 0x9E3779B9"),
+    Mutant(PHILOX, "low half of the other product", "        b.to(tl.uint32),\n", "        a.to(tl.uint32),\n"),
+    Mutant(PHILOX, "the wrong key word", "^ c3 ^ k1", "^ c3 ^ k0"),
+    Mutant(PHILOX, "the seed's upper half ignored", "(key >> 32).to(tl.uint32)", "key.to(tl.uint32)"),
+    Mutant(PHILOX, "a counter that wraps at 2^32", "high = (counter >> 32).to(tl.uint32)", "high = zero"),
+    Mutant(PHILOX, "one counter a vector", "first = vector * (V // 4)", "first = vector"),
+    Mutant(PHILOX, "the same counter twice", "_four(first + 1, seed)", "_four(first, seed)"),
+    Mutant(
+        PHILOX,
+        "wrong lanes",
+        "tl.join(tl.join(r0, r2), tl.join(r1, r3))",
+        "tl.join(tl.join(r0, r1), tl.join(r2, r3))",
+    ),
+    Mutant(PHILOX, "a bit lost", "drawn.to(tl.int32, bitcast=True)", "(drawn >> 1).to(tl.int32, bitcast=True)"),
+    # ---- the elementwise kernels
+    Mutant(RECTIFY, "z = 0 on the positive side (relu, rrelu)", "return z <= 0", "return z < 0"),
+    Mutant(RECTIFY, "z = 0 on the positive side (leaky, prelu)", "return ~(z > 0)", "return ~(z >= 0)"),
+    Mutant(RECTIFY, "NaN on the positive side", "return ~(z > 0)", "return z <= 0"),
+    Mutant(RECTIFY, "relu that passes negatives on", "_is_negative(z, RULE), 0.0, z)", "_is_negative(z, RULE), -z, z)"),
+    Mutant(RECTIFY, "the slope itself for slope * z", "z * slope, z)", "slope, z)"),
+    Mutant(RECTIFY, "gradient without its slope", "grad * slope, grad)", "grad, grad)"),
+    Mutant(RECTIFY, "relu's gradient everywhere", "_is_negative(z, RULE), 0.0, grad)", "z < -1e9, 0.0, grad)"),
+    Mutant(RECTIFY, "forward loses the bias", "x += shift", "x += 0.0 * shift"),
+    Mutant(RECTIFY, "backward loses the bias", "z += shift", "z += 0.0 * shift"),
+    Mutant(
+        RECTIFY,
+        "no next channel inside a vector",
+        "following = tl.where(channel + 1 == channels, 0, channel + 1)",
+        "following = channel",
+    ),
+    Mutant(RECTIFY, "channel boundary one late", "(plane + 1) * inner - first", "(plane + 1) * inner - first + 1"),
+    Mutant(RECTIFY, "one channel for a whole vector", "(first + j.to(first.dtype))", "(first + 0 * j.to(first.dtype))"),
+    Mutant(RECTIFY, "the next channel", "channel = plane % channels", "channel = (plane + 1) % channels"),
+    Mutant(RECTIFY, "no mask at the row's end", "in_row = g < row", "in_row = g >= 0"),
+    Mutant(
+        RECTIFY,
+        "rows that overlap",
+        "top = (program // columns) * (DEPTH * DOWN)",
+        "top = (program // columns) * (DEPTH * DOWN - 1)",
+    ),
+    Mutant(RECTIFY, "the tail's last element lost", "[None, None, None, :] < tail", "[None, None, None, :] < tail - 1"),
+    Mutant(RECTIFY, "the tail's channels from 0", "first = tail_at + tl.zeros", "first = 0 * tail_at + tl.zeros"),
+    Mutant(RECTIFY, "the seed ignored", "words(vector, tl.load(seed), V)", "words(vector, tl.load(seed) * 0, V)"),
+    Mutant(RECTIFY, "the divisor as a slope", '        if RULE == "rrelu_divisor":', '        if RULE == "no such":'),
+    Mutant(
+        RECTIFY,
+        "scale and middle exchanged",
+        "tl.fma(drawn, _number(lower, COMPUTE), _number(upper, COMPUTE))",
+        "tl.fma(drawn, _number(upper, COMPUTE), _number(lower, COMPUTE))",
+    ),
+    Mutant(
+        RECTIFY,
+        "float64 bounds rounded to float32",
+        ".to(tl.float64, bitcast=True).to(COMPUTE)",
+        ".to(tl.float64, bitcast=True).to(tl.float32).to(COMPUTE)",
+    ),
+    Mutant(RECTIFY, "the two sums of a segment exchanged", "tl.join(head, rest)", "tl.join(rest, head)"),
+    Mutant(
+        RECTIFY,
+        "a segment's boundary one period late",
+        "boundary = (begin // inner + 1) * inner",
+        "boundary = (begin // inner + 2) * inner",
+    ),
+    Mutant(
+        RECTIFY,
+        "each vector a segment of its own",
+        "begin = (vector - tl.arange(0, ACROSS) % SEGMENT) * V",
+        "begin = vector * V",
+    ),
+    Mutant(
+        RECTIFY,
+        "absent lanes in the sums",
+        "tl.load(grad + offset, mask=mask, other=0)",
+        "tl.load(grad + offset, mask=mask, other=1)",
+    ),
+    Mutant(
+        RECTIFY,
+        "absent lanes on the negative side",
+        'mask=mask, other=float("inf")',
+        "mask=mask, other=-1.0",
+    ),
+    Mutant(RECTIFY, "grad_weight of both sides", "tl.where(_is_negative(z, RULE), dy * z, 0.0)", "dy * z"),
+    Mutant(
+        RECTIFY,
+        "in place: the gradient read again after it was overwritten",
+        "    return dx, tl.where(_is_negative(z, RULE), dy * z, 0.0)",
+        "    dy = tl.load(grad + offset, mask=mask, other=0).to(COMPUTE)\n"
+        "    return dx, tl.where(_is_negative(z, RULE), dy * z, 0.0)",
+    ),
+    # ---- the finishing sum
+    Mutant(REDUCE, "the previous channel's share", "segment * STEP + later", "segment * STEP"),
+    Mutant(REDUCE, "a channel that starts a segment", "(segment * UNIT < head)", "(segment * UNIT <= head)"),
+    Mutant(
+        REDUCE,
+        "the last turn left out",
+        "chunks * copies * touched, SLOTS)",
+        "chunks * copies * touched - SLOTS, SLOTS)",
+    ),
+    Mutant(REDUCE, "the tail's last element left out", "& (j < tail)", "& (j < tail - 1)"),
+    Mutant(REDUCE, "grad_bias and grad_weight exchanged", "if which == 1:", "if which == 0:"),
+    Mutant(REDUCE, "the tail of the other sum", "tails + j * SUMS + which", "tails + j * SUMS"),
+    Mutant(
+        REDUCE,
+        "the first copy of the period alone",
+        "(copy * channels + c) * inner",
+        "(0 * copy * channels + c) * inner",
+    ),
+    # ---- the plan
+    Mutant(PLAN, "one vector too many", "return self.size // self.vector", "return -(-self.size // self.vector)"),
+    Mutant(
+        PLAN,
+        "the last rows left out",
+        "return -(-self.rows // (self.depth * self.lanes_down))",
+        "return max(1, self.rows // (self.depth * self.lanes_down))",
+    ),
+    Mutant(
+        PLAN,
+        "the last columns left out",
+        "return -(-self.row // self.across)",
+        "return max(1, self.row // self.across)",
+    ),
+    Mutant(PLAN, "the tail's place in vectors", "self.vectors % self.row * self.vector", "self.vectors % self.row"),
+    Mutant(PLAN, "rows that are no whole vectors", "least = vector // math.gcd(period, vector)", "least = 1"),
+    Mutant(PLAN, "three channels in a vector of two", '"split" if inner > vector', '"split" if inner > vector // 2'),
+    Mutant(PLAN, "segments that span three channels", ".bit_length() - 1)\n", ".bit_length())\n"),
+    Mutant(PLAN, "offsets that overflow", ">= 2**31", ">= 2**32"),
+    Mutant(PLAN, "counters that overflow", "self.size > 2**34", "self.size > 2**35"),
+    Mutant(PLAN, "channels in the last dim", "return shape[1], strides[1]", "return shape[1], strides[-1]"),
+    # ---- the launches
+    Mutant(LAUNCH, "slopes of twice the spread", "(upper - lower) * 2.0**-32", "(upper - lower) * 2.0**-31"),
+    Mutant(LAUNCH, "slopes around the upper bound", "(upper + lower) / 2", "upper"),
+    Mutant(
+        LAUNCH,
+        "the pre-activation without its bias",
+        '"BIAS": "" if saves_output(rule, lower) else _lookup(bias, p)',
+        '"BIAS": ""',
+    ),
+    Mutant(LAUNCH, "one slope's gradient of the first channel", "else per_channel.sum()", "else per_channel[:1]"),
+    # ---- the native kernels
+    Mutant(NATIVE, "z = 0 on the positive side", ": ~(z > 0);", ": ~(z >= 0);"),
+    Mutant(NATIVE, "a round too few", "constexpr int rounds = 7", "constexpr int rounds = 6"),
+    Mutant(NATIVE, "products exchanged", "x1 = p1, x3 = p0;", "x1 = p0, x3 = p1;"),
+    Mutant(NATIVE, "a lane of the last vector lost", "(W - rest);", "(W - rest + 1);"),
+    Mutant(
+        NATIVE,
+        "a lane too many of a short segment",
+        "M live = lane < (decltype(lane[0] + 0))count;",
+        "M live = lane <= (decltype(lane[0] + 0))count;",
+    ),
+    Mutant(NATIVE, "bfloat16 ties away from zero", "u + 0x7fff + ((u >> 16) & 1)", "u + 0x8000"),
+    Mutant(
+        NATIVE,
+        "the first partial sum left out",
+        "for (int64_t w = 0; w < width; w++)",
+        "for (int64_t w = 1; w < width; w++)",
+    ),
+    Mutant(NATIVE, "the next channel", ": line % c.channels;", ": (line + 1) % c.channels;"),
+    Mutant(NATIVE, "the window's first slopes again", "(uint64_t)(begin + filled) / 4", "(uint64_t)begin / 4"),
+    Mutant(NATIVE, "the divisor as a slope", "to[i] = 1 / to[i]", "to[i] = to[i]"),
+    Mutant(
+        NATIVE,
+        "in place: the last vector read after it was overwritten",
+        "step(count - W, last_value, last_grad, out + count - W, &live);",
+        "step(count - W, E::read(value + count - W), BACK ? E::read(grad + count - W) : V{}, out + count - W, &live);",
+    ),
+    # ---- the eager path
+    Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(z > 0, 0)", "masked_fill_(z < 0, 0)"),
+    Mutant(
+        EAGER,
+        "z = 0 on the positive side (prelu)",
+        "g = torch.where(z > 0, g, g * reference",
+        "g = torch.where(z >= 0, g, g * reference",
+    ),
+    Mutant(
+        EAGER,
+        "z = 0 on the positive side (leaky)",
+        "g = torch.where(z > 0, g, g * lower)",
+        "g = torch.where(z >= 0, g, g * lower)",
+    ),
+    Mutant(EAGER, "a 16-bit result that is not stored", "        out.copy_(z)\n", "        pass\n"),
+    Mutant(
+        EAGER,
+        "a bias gradient without the slope",
+        "torch.where(out > 0, grad.float(), grad.float() * slope)",
+        "grad.float()",
+    ),
+    Mutant(EAGER, "the wrong axis of the sum", "if d != 1]", "if d != 0]"),
+]
