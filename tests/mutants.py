@@ -193,8 +193,8 @@ MUTANTS = [
         "for (int64_t w = 1; w < width; w++)",
     ),
     Mutant(NATIVE, "the next channel", ": line % c.channels;", ": (line + 1) % c.channels;"),
-    Mutant(NATIVE, "the window's first slopes again", "(uint64_t)(begin + filled) / 4", "(uint64_t)begin / 4"),
-    Mutant(NATIVE, "the divisor as a slope", "to[i] = 1 / to[i]", "to[i] = to[i]"),
+    Mutant(NATIVE, "the first counters again", "(uint64_t)(end + i) / 4", "(uint64_t)end / 4"),
+    Mutant(NATIVE, "the divisor as a slope", "window[i] = 1 / window[i]", "window[i] = window[i]"),
     Mutant(
         NATIVE,
         "in place: the last vector read after it was overwritten",
