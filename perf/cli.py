@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 import sys
@@ -28,23 +29,23 @@ EPILOG = """workloads:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    what = parser.add_argument_group("what to measure")
-    what.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["default"], metavar="NAME", help="see below")
-    what.add_argument("--shape", type=_sizes, metavar="N,C,H,W", help="one layer's input, or --model's")
-    what.add_argument("--kernel", type=_positive, default=3, help="of --shape: the kernel's size")
-    what.add_argument("--stride", type=_positive, default=1, help="of --shape")
-    what.add_argument("--out-channels", type=_positive, help="of --shape; by default C")
+    what = parser.add_argument_group("what to measure, the first four one at a time")
+    what.add_argument("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help="layers of networks, see below")
+    what.add_argument("--shape", type=_sizes, metavar="N,C,H,W", help="one layer's input; with --model, the model's")
     what.add_argument("--model", metavar="FACTORY", help="module:factory or file.py:factory, before and after fuse()")
     what.add_argument("--scaling", choices=AXES, help="time and bytes of bias + rectifier along one axis")
+    what.add_argument("--kernel", type=_positive, help="of --shape: the kernel's size, by default 3")
+    what.add_argument("--stride", type=_positive, help="of --shape, by default 1")
+    what.add_argument("--out-channels", type=_positive, help="of --shape, by default C")
+    what.add_argument("--batch", type=_positive, help="of --workload: by default the source's, on a CPU what takes ms")
     what.add_argument("--rectifier", nargs="+", choices=RECTIFIERS, help="by default the network's own, or all four")
     what.add_argument("--mode", nargs="+", choices=MODES, default=["training"], help="training: forward and backward")
-    what.add_argument("--part", nargs="+", choices=("layer", "epilogue"), default=["layer", "epilogue"],
+    what.add_argument("--part", nargs="+", choices=("layer", "epilogue"),
                       help="the convolution with bias and rectifier, bias and rectifier alone, or both")  # fmt: skip
     how = parser.add_argument_group("where and how")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument("--dtype", choices=DTYPES, default="float32")
     how.add_argument("--layout", choices=LAYOUTS, default="contiguous")
-    how.add_argument("--batch", type=_positive, help="by default the source's, on a CPU what takes milliseconds")
     how.add_argument("--threads", type=_positive, default=0, help="by default torch's own choice")
     how.add_argument("--compile", action="store_true", help="time torch.compile too, plain and with our backend")
     how.add_argument("--processes", type=_positive, default=5)
@@ -88,12 +89,19 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"fused-rect profile: {error}", file=sys.stderr)
         return 2
-    frame = _measured(work, options, console)
+    try:
+        frame = _measured(work, options, console)
+    except RuntimeError as error:
+        print(f"fused-rect profile: {error}", file=sys.stderr)
+        return 1
     report.print_report(frame, console)
     comparison = None if old is None else compare(old, frame)
     if comparison is not None:
         report.print_comparison(comparison, options.tolerance, console)
     _write(frame, comparison, options, console)
+    if comparison is not None and not comparison.changes:
+        print(f"fused-rect profile: {options.compare} has no case in common with this profile", file=sys.stderr)
+        return 2
     return int(comparison is not None and bool(comparison.regressions(options.tolerance)))
 
 
@@ -103,15 +111,35 @@ def _checked(options: argparse.Namespace) -> Any:
         path: Path | None = getattr(options, kind)
         if path is not None and not os.access(path.parent, os.W_OK):
             raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
-    if options.model and options.scaling:
-        raise ValueError("--model and --scaling are two questions: ask one at a time")
+    _check_combination(options)
     try:
         torch.empty(1, device=options.device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     if options.model:
         _check_model(options)
+    if options.html:
+        importlib.import_module(f"{__package__}.page")  # its packages may be missing
     return None if options.compare is None else records.load(options.compare)
+
+
+# What an option is about; given without it, it would be ignored.
+NEEDS = {"kernel": "shape", "stride": "shape", "out_channels": "shape", "batch": "workload"}
+
+
+def _check_combination(options: argparse.Namespace) -> None:
+    asked = [f"--{name}" for name in ("workload", "shape", "model", "scaling") if getattr(options, name)]
+    if len(asked) > 1 and set(asked) != {"--shape", "--model"}:
+        raise ValueError(f"{' and '.join(asked)} are different questions: ask one at a time")
+    if options.model or options.scaling:
+        needless = [name for name in ("kernel", "stride", "out_channels", "batch", "part") if getattr(options, name)]
+        needless += ["rectifier"] if options.model and options.rectifier else []
+    else:
+        about = "shape" if options.shape else "workload"
+        needless = [name for name, need in NEEDS.items() if getattr(options, name) and need != about]
+    if needless:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in needless)
+        raise ValueError(f"{told}: says nothing about {' '.join(asked) or 'the default workload'}; leave it out")
 
 
 def _check_model(options: argparse.Namespace) -> None:

@@ -35,19 +35,19 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         made += [_layer(options, layer, workload, part, mode, options.threads)
                  for workload, layer in _layers(options)
                  for mode in options.mode
-                 for part in options.part]  # fmt: skip
+                 for part in options.part or ("layer", "epilogue")]  # fmt: skip
     return made
 
 
 def _layers(options: argparse.Namespace) -> Iterator[tuple[str, Layer]]:
     if options.shape:
         rank = len(options.shape) - 2
-        kernel = (options.kernel,) * rank
+        kernel = (options.kernel or 3,) * rank
         channels = options.out_channels or options.shape[1]
-        layer = Layer("shape", options.shape, channels, kernel, "relu", (options.stride,) * rank)
+        layer = Layer("shape", options.shape, channels, kernel, "relu", (options.stride or 1,) * rank)
         yield from (("shape", one) for one in _with_rectifiers(options, layer, every=True))
         return
-    for name in options.workload:
+    for name in options.workload or ["default"]:
         layers = WORKLOADS[name].layers
         for layer in layers[:2] if options.quick else layers:
             sized = layer if options.batch is None else replace(layer, shape=(options.batch, *layer.shape[1:]))

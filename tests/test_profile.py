@@ -163,6 +163,8 @@ def test_a_users_model_and_a_slowed_kernel_that_compare_catches(model, tmp_path,
     of = lambda peer: records.one(loaded[loaded.part == "model"], peer)  # noqa: E731
     assert of(peers.FUSED).kept_bytes < of(peers.EAGER).kept_bytes
     assert "a model that prints" not in capsys.readouterr().out
+    assert profile(*options[:2], "--shape", "1,3,9,9", *options[4:], "--compare", old) == 2
+    assert "no case in common" in capsys.readouterr().err
     monkeypatch.setenv("SLOWED", "1")
     assert profile(*options, "--compare", old) == 1
     assert "REGRESSION" in capsys.readouterr().out
@@ -177,6 +179,10 @@ def test_a_users_model_and_a_slowed_kernel_that_compare_catches(model, tmp_path,
         (["--model", "collections:OrderedDict"], "must give a torch.nn.Module"),
         (["--model", "torch.nn:Identity"], "add --shape"),
         (["--model", "torch.nn:Identity", "--scaling", "size"], "one at a time"),
+        (["--workload", "nin", "--shape", "1,2,3"], "one at a time"),
+        (["--shape", "1,2,3", "--batch", "4"], "--batch: says nothing about --shape"),
+        (["--out-channels", "3"], "--out-channels: says nothing about the default workload"),
+        (["--scaling", "size", "--part", "layer"], "--part: says nothing about --scaling"),
         (["--device", "cuda:99"], "--device cuda:99"),
     ],
 )

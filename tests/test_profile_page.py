@@ -10,7 +10,6 @@ from profiling import report
 from fused_rect.perf.compare import compare
 from fused_rect.perf.machine import environment
 from fused_rect.perf.page import page
-from fused_rect.perf.scaling import AXES
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -119,8 +118,6 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_all_axes_can_be_drawn():
-    for axis in AXES:
-        frame = report(workload=f"scaling {axis}")
-        frame["output"] = [f"{at % 7 + 1}x{at % 7 + 1}x2x2" for at in range(len(frame))]
-        assert page(frame[frame.part != "layer"], {}, "").count("<svg") >= 2
+def test_scaling_pictures_are_on_the_page():
+    frame = report(workload="scaling threads").query("part != 'layer'").copy()
+    assert page(frame, {}, "").count("<svg") == 3
