@@ -1,10 +1,10 @@
-"""Reads AMD machine code: the assembly text that Triton keeps beside the binary, into `code.Code`."""
+"""Reads AMD machine code: the assembly text that Triton keeps beside the binary, into `instructions.Code`."""
 
 from __future__ import annotations
 
 import re
 
-from .code import Code, Instruction
+from .instructions import Code, Instruction
 
 # What the figures count an instruction as: the first prefix that fits.
 KINDS = {

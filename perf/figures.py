@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import amdgcn, roofline, sass
-from .code import Code, Instruction, classes
 from .compiling import Case, Launch, launches
+from .instructions import Code, Instruction, classes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .code import Instruction
+from .instructions import Instruction
 
 ASSUMPTIONS = (
     "instructions, loads and stores overlap perfectly, and every multiprocessor gets the same share of the programs",

@@ -1,4 +1,4 @@
-"""Reads NVIDIA machine code: a cubin through the disassembler that Triton's wheel brings, into `code.Code`."""
+"""Reads NVIDIA machine code: a cubin through the disassembler that Triton's wheel brings, into `instructions.Code`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .code import Code, Instruction
+from .instructions import Code, Instruction
 
 # What the figures count an opcode as, by what stands before its first dot. IMAD is split further in `_kind`.
 KINDS = {

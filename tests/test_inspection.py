@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_rect import cli
-from fused_rect.perf import amdgcn, code, gate, roofline, sass, tritons
-from fused_rect.perf.code import Code, Instruction
+from fused_rect.perf import amdgcn, gate, instructions, roofline, sass, tritons
 from fused_rect.perf.compiling import Case
+from fused_rect.perf.instructions import Code, Instruction
 
 SASS = """
  Function k:
@@ -44,7 +44,7 @@ def test_sass_is_counted_by_class_on_the_main_path():
     assert (found.widest("load"), found.widest("store")) == (16, 16)
     assert len(found.instructions) == 13  # without the padding
     expected = {"move": 2, "wide multiply": 1, "load": 3, "float": 2, "store": 1, "control": 1}
-    assert code.classes(found.main_path()) == expected  # and without the two-byte accesses of the last elements
+    assert instructions.classes(found.main_path()) == expected  # and without the two-byte accesses of the last elements
     assert (found.body()[0].opcode, found.body()[-1].opcode) == ("LDG.E.128", "STG.E.128")
     assert found.in_flight() == 32  # the third load waits for the first one's use
 
@@ -84,7 +84,7 @@ def test_amdgcn_is_counted_by_class():
     found = amdgcn.parse(AMDGCN, "k", shared=512)
     assert (found.registers, found.spills, found.shared) == (33, 12, 512)
     assert (found.widest("load"), found.widest("store")) == (16, 16)
-    counts = code.classes(found.main_path())
+    counts = instructions.classes(found.main_path())
     assert counts == {"uniform": 1, "load": 1, "float": 1, "wide multiply": 1, "shuffle": 1, "control": 2, "store": 1}
     assert [len(loop) for loop in found.loops()] == [6]
 
