@@ -76,6 +76,16 @@ def _check_seed(seed: Tensor | None, input: Tensor) -> None:
         )
 
 
+def check_grad(grad: Tensor, saved: Tensor) -> None:
+    """RuntimeError unless ``grad`` is a gradient of the output that ``saved`` belongs to."""
+    if grad.shape != saved.shape or grad.dtype != saved.dtype or grad.device != saved.device:
+        raise RuntimeError(
+            "grad must have the shape, dtype and device of saved "
+            f"({tuple(saved.shape)}, {saved.dtype}, {saved.device}), "
+            f"got {tuple(grad.shape)}, {grad.dtype}, {grad.device}"
+        )
+
+
 def check_in_place(input: Tensor) -> None:
     """RuntimeError where two elements of ``input`` share one place in memory."""
     if not is_dense(input) and any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride())):
@@ -93,6 +103,11 @@ def is_dense(tensor: Tensor) -> bool:
 def dense(tensor: Tensor) -> Tensor:
     """``tensor`` itself where it is dense, else a contiguous copy (channels_last where its strides suggest that)."""
     return tensor if is_dense(tensor) else tensor.contiguous(memory_format=suggest_memory_format(tensor))
+
+
+def packed(parameter: Tensor | None) -> Tensor | None:
+    """``parameter`` itself where its values lie one after the other, as kernels read them, else a copy."""
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import backends
-from .checks import check, check_in_place, dense, laid_out_as
+from .checks import check, check_grad, check_in_place, dense, laid_out_as, packed
 from .derivatives import backward_jvp, double_backward, forward_jvp
 from .rectifiers import saves_output
 
@@ -51,6 +51,7 @@ def _rectify(
     input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, rectifier: str, lower: float, upper: float
 ) -> Tensor:
     check(input, bias, weight, seed, rectifier)
+    bias, weight = packed(bias), packed(weight)
     source = dense(input)
     out = torch.empty_like(source) if source is input else source
     if out.numel():
@@ -70,6 +71,11 @@ def _rectify_in_place(
 ) -> None:
     check(input, bias, weight, seed, rectifier)
     check_in_place(input)
+    # A parameter that is a view of the input would change while it is read.
+    bias, weight = (
+        p.clone(memory_format=torch.contiguous_format) if p is not None and torch._C._overlaps(p, input) else packed(p)
+        for p in (bias, weight)
+    )
     if input.numel():
         out = dense(input)
         backends.resolve(input.device.type).forward(out, bias, weight, seed, rectifier, lower, upper, out)
@@ -89,6 +95,8 @@ def _rectify_backward(
     rectifier: str, lower: float, upper: float, need_bias: bool, need_weight: bool,
 ) -> Gradients:  # fmt: skip
     check(saved, bias, weight, seed, rectifier)
+    check_grad(grad, saved)
+    bias, weight = packed(bias), packed(weight)
     saved = dense(saved)
     grad = laid_out_as(grad, saved)
     grad_input = torch.empty_like(saved)
@@ -171,11 +179,9 @@ class _Rectify(_SingleLevelFunction):
 class _RectifyInPlace(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> Tensor:
-        # Where the sign of the output does not tell the side, the conv output has to outlive its overwriting.
-        saved = input if saves_output(*rule[:2]) else input.clone()
         _below_autograd(rectify_, input, bias, weight, seed, *rule)
         ctx.mark_dirty(input)
-        _save(ctx, saved, bias, weight, seed, *rule)
+        _save(ctx, input, bias, weight, seed, *rule)
         return input
 
     @staticmethod
@@ -243,14 +249,20 @@ def _rectify_in_place_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             rectify_(input, bias, weight, seed, rectifier, lower, upper)
             return
-    if torch.is_grad_enabled() and input.is_leaf and input.requires_grad:
+    base = input._base if input._is_view() else input
+    if torch.is_grad_enabled() and base is not None and base.is_leaf and base.requires_grad:
+        what = "a leaf Variable" if base is input else "a view of a leaf Variable"
         raise RuntimeError(
-            "input: a leaf Variable that requires grad is being used in an in-place operation; "
+            f"input: {what} that requires grad is being used in an in-place operation; "
             "call the function without the trailing underscore, or pass input.clone()"
         )
     check(input, bias, weight, seed, rectifier)
     check_in_place(input)
-    _apply(_RectifyInPlace, input, bias, weight, seed, rectifier, lower, upper)
+    if saves_output(rectifier, lower):
+        _apply(_RectifyInPlace, input, bias, weight, seed, rectifier, lower, upper)
+    else:
+        # Backward reads what is overwritten, and double backward differentiates it: a copy that autograd knows.
+        input.copy_(rectify(input.clone(), bias, weight, seed, rectifier, lower, upper))
 
 
 def _rectify_backward_autograd(grad: Tensor, saved: Tensor, bias: Maybe, weight: Maybe, *rest: Any) -> Any:

@@ -71,7 +71,7 @@ def add_bias(input: Tensor, bias: Tensor | None) -> Tensor:
 def along_channels(parameter: Tensor, like: Tensor) -> Tensor:
     """A (C,) or (1,) tensor in the computation dtype of ``like``, shaped to broadcast along its dim 1."""
     parameter = parameter.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-    return parameter.view(-1) if like.dim() < 2 else parameter.view(-1, *[1] * (like.dim() - 2))
+    return parameter.view([-1] * like.dim()) if like.dim() < 2 else parameter.view(-1, *[1] * (like.dim() - 2))
 
 
 def rectify(
