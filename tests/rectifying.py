@@ -1,0 +1,73 @@
+"""What the tests of the ops share: the rules, tensors of every layout, and the float64 specification with gradients."""
+
+import os
+
+import torch
+
+from fused_rect import backends, reference
+
+# name -> (op, lower, upper)
+RULES = {
+    "relu": ("relu", 0.0, 0.0),
+    "leaky": ("leaky_relu", 0.1, 0.1),
+    "leaky, slope 0": ("leaky_relu", 0.0, 0.0),
+    "leaky, slope < 0": ("leaky_relu", -0.3, -0.3),
+    "prelu": ("prelu", 0.0, 0.0),
+    "rrelu": ("rrelu", 1 / 8, 1 / 3),
+    "rrelu, slopes < 0": ("rrelu", -0.5, 0.25),
+    "divisor": ("rrelu_divisor", 3.0, 8.0),
+}
+EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+    "a slice": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+}
+
+
+def arguments(rule, channels, dtype, bias=True, slopes=0):
+    """(bias, weight, seed, op, lower, upper); PReLU's weight holds ``slopes`` values, by default one a channel."""
+    op, lower, upper = RULES[rule]
+    weight = (torch.rand(slopes or channels) - 0.25).to(dtype) if op == "prelu" else None
+    seed = torch.tensor([123456789123456789]) if op.startswith("rrelu") else None
+    return (torch.randn(channels).to(dtype) if bias else None), weight, seed, op, lower, upper
+
+
+def dense(tensor):
+    """``tensor`` as the op lays its output out, which is where RReLU's positions count."""
+    from fused_rect.checks import dense as lay
+
+    return lay(tensor)
+
+
+def specification(z, bias, weight, seed, op, lower, upper, grad):
+    """(output, gradient of input, bias, weight) in float64; the slopes are those of the dtype under test."""
+    slope = None
+    if seed is not None:
+        slope = reference.slopes(seed, dense(z), lower, upper, "divisor" if op == "rrelu_divisor" else "slope").double()
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (z, bias, weight)]
+    y = reference.rectify(*leaves, slope, op, lower, upper)
+    gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad.double()))
+    return y.detach(), *(None if t is None else next(gradients) for t in leaves)
+
+
+def _interpreted():
+    """Triton's interpreter cuts float32 off to bfloat16; compiled kernels round."""
+    return backends.name("cpu") == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def assert_near(got, exact, dtype, summed=None):
+    """Half a unit in the last place of ``dtype`` and a few of float32's (float64's for float64) from the exact value.
+
+    summed: for a sum, that of the magnitudes of its terms, which is what float32's rounding is relative to.
+    """
+    magnitude = exact.abs() if summed is None else torch.maximum(exact.abs(), summed)
+    half = 1.02 if dtype is torch.bfloat16 and _interpreted() else 0.51
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    finest = torch.finfo(dtype).smallest_normal * EPSILON[dtype]
+    tolerance = exact.abs() * EPSILON[dtype] * half + magnitude * EPSILON[wide] * 4 + finest
+    right = ((got.double() - exact).abs() <= tolerance) | (got.double() == exact) | (got.isnan() & exact.isnan())
+    right |= got.isinf() & (exact.abs() >= torch.finfo(dtype).max) & (got.sign() == exact.sign())  # overflow
+    assert right.all(), (got[~right][:5], exact[~right][:5])

@@ -1,0 +1,130 @@
+"""The specification against sources that are not ours: Philox's known answers, exact rational arithmetic, torch."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_rect import reference
+
+SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 0x243F6A8885A308D3)
+
+
+def philox4x32(counter, key, rounds):
+    """Philox4x32 of Salmon et al. 2011, in Python's own integers."""
+    c, k = list(counter), list(key)
+    for _ in range(rounds):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+# The known answers that Random123 ships (kat_vectors, philox4x32): counter, key, rounds, words.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), 7, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 7, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ((0, 0, 0, 0), (0, 0), 10, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 10, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+]
+
+
+@pytest.mark.parametrize("counter, key, rounds, words", KNOWN)
+def test_this_files_philox_gives_the_known_answers(counter, key, rounds, words):
+    assert philox4x32(counter, key, rounds) == list(words)
+
+
+def test_philox_gives_the_known_answer():
+    got = reference.philox(torch.tensor([0]), 0)
+    assert [int(w) for w in got] == list(KNOWN[0][3])
+
+
+@given(counter=st.integers(0, 2**63 - 1), seed=st.integers(-(2**63), 2**63 - 1))
+def test_philox_for_any_counter_and_seed(counter, seed):
+    key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    expected = philox4x32((counter & 0xFFFFFFFF, counter >> 32, 0, 0), key, 7)
+    assert [int(w) for w in reference.philox(torch.tensor([counter]), seed)] == expected
+
+
+@given(start=st.integers(0, 2**40), count=st.integers(1, 9), seed=st.sampled_from(SEEDS))
+def test_word_of_a_position(start, count, seed):
+    """Position i reads word i % 4 at counter i // 4, as a signed number."""
+    expected = []
+    for i in range(start, start + count):
+        counter = i // 4
+        key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        word = philox4x32((counter & 0xFFFFFFFF, counter >> 32, 0, 0), key, 7)[i % 4]
+        expected.append(word - 2**32 if word >= 2**31 else word)
+    assert reference.words(seed, start, count).tolist() == expected
+
+
+def test_words_do_not_depend_on_the_chunks_they_are_made_in(monkeypatch):
+    whole = reference.words(5, 3, 1000)
+    monkeypatch.setattr(reference, "CHUNK", 7)
+    assert torch.equal(reference.words(5, 3, 1000), whole)
+
+
+def to_float(value, dtype):
+    """A fraction rounded once, to nearest even."""
+    double = value.numerator / value.denominator  # Python divides integers with one rounding
+    if dtype is np.float64:
+        return double
+    near = np.float32(double)
+    candidates = [near, np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))]
+    nearest = min(abs(Fraction(float(c)) - value) for c in candidates)
+    ties = [c for c in candidates if abs(Fraction(float(c)) - value) == nearest]
+    return min(ties, key=lambda c: int(np.float32(c).view(np.uint32)) & 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(bounds=st.tuples(st.floats(-4, 4), st.floats(-4, 4)).map(sorted), seed=st.sampled_from(SEEDS))
+def test_slope_is_one_fma_of_the_word(dtype, bounds, seed):
+    """fma(w, (upper - lower) * 2^-32, (upper + lower) / 2) in exact fractions, rounded once."""
+    lower, upper = bounds
+    kind = np.float64 if dtype is torch.float64 else np.float32
+    scale, middle = Fraction(float(kind((upper - lower) * 2.0**-32))), Fraction(float(kind((upper + lower) / 2)))
+    got = reference.flat_slopes(seed, 8, lower, upper, "slope", dtype).tolist()
+    for word, slope in zip(reference.words(seed, 0, 8).tolist(), got):
+        word = Fraction(float(kind(word)))
+        exact = to_float(word * scale + middle, kind)
+        # float64 has no wider type to hold the exact sum: within one rounding of it.
+        tolerance = 0 if kind is np.float32 else 2 * np.spacing(max(abs(lower), abs(upper), abs(float(exact))))
+        assert abs(slope - exact) <= tolerance, (word, slope, exact)
+
+
+def test_divisor_law_is_the_inverse_of_what_the_slope_law_draws():
+    drawn = reference.flat_slopes(3, 100, 3, 8, "slope", torch.float32)
+    assert torch.equal(reference.flat_slopes(3, 100, 3, 8, "divisor", torch.float32), 1 / drawn)
+
+
+def test_narrow_dtypes_use_the_float32_slopes():
+    expected = reference.flat_slopes(3, 9, 0, 1, "slope", torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(reference.flat_slopes(3, 9, 0, 1, "slope", dtype), expected)
+
+
+def test_slopes_follow_the_position_in_memory_not_the_index():
+    like = torch.empty(2, 3, 4, 5)
+    seed = torch.tensor([11])
+    last = reference.slopes(seed, like.to(memory_format=torch.channels_last), 0.1, 0.3)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    flat = reference.flat_slopes(11, like.numel(), 0.1, 0.3, "slope", torch.float32)
+    assert torch.equal(last.permute(0, 2, 3, 1).flatten(), flat)
+    assert torch.equal(reference.slopes(seed, like, 0.1, 0.3).flatten(), flat)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 3, 3, 3)])
+def test_rectify_is_torchs_own_pair(shape):
+    z, bias, weight = torch.randn(shape), torch.randn(3), torch.randn(3)
+    total = z + bias.view(3, *[1] * (len(shape) - 2))
+    assert torch.equal(reference.rectify(z, bias, None, None, "relu", 0, 0), F.relu(total))
+    assert torch.equal(reference.rectify(z, bias, None, None, "leaky_relu", 0.2, 0.2), F.leaky_relu(total, 0.2))
+    assert torch.equal(reference.rectify(z, bias, weight, None, "prelu", 0, 0), F.prelu(total, weight))
+    slope = torch.rand(shape)
+    assert torch.equal(
+        reference.rectify(z, bias, None, slope, "rrelu", 0, 1), torch.where(total > 0, total, total * slope)
+    )
