@@ -1,7 +1,10 @@
-"""Peak live bytes of a call, from the profiler's allocation events: resident memory would follow the allocator."""
+"""Peak live bytes of a call: on a GPU the caching allocator's own count, on a CPU the profiler's allocation events.
+
+Never resident memory, which follows the allocator and not the tensors."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +12,23 @@ import torch
 from torch.utils import _pytree
 
 
-def peak_live_bytes(run: Callable[[], Any]) -> int:
-    """The peak, in bytes, of what ``run`` allocated on the CPU and had not freed yet."""
+def peak_live_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The peak, in bytes, of what ``run`` allocated on ``device`` and had not freed yet."""
+    device = torch.device(device)
+    return _peak_on_cpu(run) if device.type == "cpu" else _peak_on_accelerator(run, device)
+
+
+def _peak_on_accelerator(run: Callable[[], Any], device: torch.device) -> int:
+    torch.accelerator.synchronize(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    before = torch.accelerator.memory_allocated(device)
+    run()
+    torch.accelerator.synchronize(device)
+    return torch.accelerator.max_memory_allocated(device) - before
+
+
+def _peak_on_cpu(run: Callable[[], Any]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     results: Any = profile.profiler.kineto_results
