@@ -175,7 +175,7 @@ def _measured(work: list[records.Job], options: argparse.Namespace, console: Con
 
 def _write(frame: Any, comparison: Comparison | None, options: argparse.Namespace, console: Console) -> None:
     command = shlex.join(["fused-rect", *sys.argv[1:]])
-    facts = environment(options.device)
+    facts = environment(options.device, options.threads)
     if options.json:
         records.save(options.json, frame, facts, command)
     if options.csv:

@@ -14,13 +14,13 @@ from fused_rect import backends
 from fused_rect.version import __version__
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, threads: int = 0) -> dict[str, str]:
     """Name and value of each thing that times depend on."""
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads or torch.get_num_threads()),
     }
     kind = torch.device(device).type
     if kind in ("cuda", "xpu"):

@@ -82,7 +82,8 @@ def layer(
     x.requires_grad_(mode != "inference")
     build = _layer_calls if part == "layer" else _epilogue_calls
     runs = build(spec, convolution, activation, x, mode, compiled)
-    runs[COPY] = _copy(torch.empty(spec.output, **like).contiguous(memory_format=_format(layout, spec.rank)))
+    output = torch.zeros(spec.output, **like).contiguous(memory_format=_format(layout, spec.rank))
+    runs[COPY] = lambda: output.clone()  # its memory allocated anew, as every call's is whose output is its own
     return runs
 
 
@@ -125,7 +126,8 @@ def load_model(factory: str, shape: list[int] | None, dtype: str, device: str) -
 def machine(device: str, copied: int, side: int, dtype: str) -> Runs:
     """The machine's ceilings: a copy of ``copied`` bytes, and a product of two ``side`` x ``side`` matrices."""
     a, b = torch.randn(2, side, side, dtype=getattr(torch, dtype), device=device)
-    return {COPY: _copy(torch.empty(copied, dtype=torch.uint8, device=device)), MATMUL: lambda: a @ b}
+    source, target = torch.zeros(2, copied, dtype=torch.uint8, device=device)
+    return {COPY: lambda: target.copy_(source), MATMUL: lambda: a @ b}
 
 
 # ---- calls ----
@@ -260,12 +262,6 @@ def _apex(spec: Layer, pair: Any, x: Tensor, parameters: Sequence[Tensor], mode:
         run = lambda x: fused(x, conv.weight, conv.bias.view(1, -1, 1, 1), spec.padding[0], spec.stride[0])  # noqa: E731
         return _or_reason(run, (x,), parameters, mode)
     return "installed without its extension conv_bias_relu"
-
-
-def _copy(source: Tensor) -> Call:
-    source.zero_()
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 def _format(layout: str, rank: int) -> torch.memory_format:
