@@ -1,12 +1,15 @@
 """The torch.compile backend, the Inductor pass and explain."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fused_rect
 from fused_rect import compile as fused_compile
 
 ALL = {"fused_rect.sites": "all"}
@@ -232,14 +235,14 @@ def test_sites_that_inductor_runs_as_fast_are_left_to_it(monkeypatch):
             (site,) = fused_compile.explain(model, x)
         return site
 
-    assert not sites(nn.ReLU()).fused and "as fast" in sites(nn.ReLU()).reason
-    assert sites(nn.LeakyReLU()).fused
-    assert not sites(nn.LeakyReLU(), training=False).fused
-    assert not sites(nn.RReLU(), training=False).fused
+    for rectifier in (nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU()):
+        assert "inference is as fast" in sites(rectifier, training=False).reason
+    assert sites(nn.ReLU()).fused and sites(nn.LeakyReLU()).fused
+    assert "PReLU is as fast" in sites(nn.PReLU()).reason
     monkeypatch.setattr(fused_compile.backends, "name", lambda device: "eager")
     assert "no native CPU path" in sites(nn.RReLU()).reason
     monkeypatch.setattr(fused_compile.backends, "name", lambda device: "native")
-    assert sites(nn.RReLU()).fused and sites(nn.PReLU()).fused
+    assert sites(nn.RReLU()).fused
 
 
 def test_every_rectifier_trains_with_the_sites_chosen_for_it():
@@ -251,6 +254,75 @@ def test_every_rectifier_trains_with_the_sites_chosen_for_it():
         (grad,) = torch.autograd.grad(y.sum(), conv.bias)
         z = conv(x)
         torch.testing.assert_close(grad, (y / z).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+def generated(run):
+    """The text of the programs that Inductor writes while ``run`` compiles."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        return run_and_get_code(run)[1]
+
+
+def kernels(code):
+    """The calls of Inductor's own kernels in a program."""
+    return [line for line in code[code.index("def call(") :].splitlines() if line.strip().startswith("cpp_fused")]
+
+
+def layers(rectifier):
+    return nn.Sequential(nn.Conv2d(16, 16, 3), rectifier(), nn.Conv2d(16, 16, 3), rectifier())
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky", "rrelu"])
+def test_a_compiled_training_step_is_convolutions_and_ours_without_a_copy(name):
+    """Inductor's channels-last convolutions would put two copies around each site."""
+    x = torch.randn(2, 16, 12, 12)
+    run = compiled(layers(RECTIFIERS[name]), options=ALL)
+    forward, backward = generated(lambda: run(x).sum().backward())
+    calls = forward[forward.index("def call(") :]
+    assert calls.count("fused_rect.rectify_.default(") == 2 and calls.count("extern_kernels.convolution(") == 2
+    assert all("randint" in line for line in kernels(forward)), kernels(forward)
+    assert backward[backward.index("def call(") :].count("= torch.ops.fused_rect.rectify_backward.default(") == 2
+    assert len(kernels(backward)) <= 1, kernels(backward)  # the gradient of the sum
+
+
+@pytest.mark.parametrize("name", ["leaky", "rrelu"])
+def test_layouts_that_inductor_chooses_keep_the_gradients(name):
+    """Channels-last inside the compiled step: no copy between the layers, and random slopes that backward repeats."""
+    x = torch.randn(2, 16, 12, 12, requires_grad=True)
+    conv = nn.Conv2d(16, 16, 3)
+    model = nn.Sequential(conv, RECTIFIERS[name](), nn.Conv2d(16, 16, 3, bias=False), nn.LeakyReLU(0.3))
+    run = compiled(model, options={**ALL, "layout_optimization": True, "fallback_random": True})
+    torch.manual_seed(1)
+    forward = generated(lambda: run(x))[0]
+    torch.manual_seed(1)
+    y, got = gradients(run, x, model.parameters())
+    torch.manual_seed(1)
+    expected, wanted = gradients(fused_rect.fuse(copy.deepcopy(model)), x, [])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-4, atol=1e-5)
+    if name == "leaky":
+        assert len(kernels(forward)) == 2, kernels(forward)  # into the layout and out of it, once
+
+
+def test_the_backend_is_found_by_its_name_in_a_process_that_never_imported_us(tmp_path):
+    """The flagship: a training RReLU, which plain torch knows no lowering for, in one graph."""
+    program = """
+import sys, torch
+from torch import nn
+assert "fused_rect" in torch._dynamo.list_backends() and "fused_rect" not in sys.modules
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU(0.1, 0.4))
+x = torch.randn(2, 3, 9, 9)
+y = torch.compile(model, backend="fused_rect", fullgraph=True)(x)
+y.sum().backward()
+z = model[0](x)
+slopes = (y / z)[z < 0]
+assert 0.09 < slopes.min() < slopes.max() < 0.41 and slopes.std() > 0.05
+torch.testing.assert_close(model[0].bias.grad, (y / z).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+assert "fused_rect" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
 def test_an_unknown_choice_of_sites_is_refused():
