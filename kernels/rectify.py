@@ -94,11 +94,11 @@ def _tile(
     program = tl.program_id(0)
     column = program % columns
     top = (program // columns) * (DEPTH * DOWN)
-    g = column * ACROSS + tl.arange(0, ACROSS)[None, None, :, None]
     r = tl.arange(0, DEPTH)[:, None, None, None] * DOWN + tl.arange(0, DOWN)[None, :, None, None]
     if WIDE:
-        g = g.to(tl.int64)
+        column = column.to(tl.int64)
         r = r.to(tl.int64)
+    g = column * ACROSS + tl.arange(0, ACROSS)[None, None, :, None]
     start = top.to(tl.int64) * row
     limit = tl.minimum(vectors - start, 0x7FFFFFFF if not WIDE else vectors)
     behind = r * row + g
