@@ -173,7 +173,8 @@ def test_in_two_processes_the_numbers_are_the_same(study, tmp_path):
     "arguments, message",
     [
         ("--variants relu,elu", "elu"),
-        ("--data cifar-10", "--root"),
+        ("--data cifar-10", "cifar-10 is not installed by any package: name the folder that holds it with --root"),
+        ("--scale full --network ndsb", "ndsb is not installed"),
         ("--data digits --image 5", "image must divide 8"),
         ("--data digits --train-images 5000", "at most 1297"),
         ("--data digits --lr -1", "lr must be"),

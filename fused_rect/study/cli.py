@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, console: Console) -> int:
     _check(options)
     names = _variants(options.variants)
-    dataset = data.load(options.data or ("auto" if options.scale == "small" else "cifar-10"), options.root)
+    base = SMALL if options.scale == "small" else public(options.network or "nin", options.data or "")
+    dataset = data.load(options.data or base.data, options.root)
     protocol = _protocol(options, dataset)
     device = distributed.start(options.device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
