@@ -89,18 +89,22 @@ def finish(partials: int, channels: int, itemsize: int = 4, out_itemsize: int = 
 
 def launch_metadata(grid: tuple[int, ...], metadata: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """For `triton.jit(launch_metadata=...)`: a readable name, bytes and flops of a forward or backward launch."""
-    direction, data = ("backward", args["grad"]) if "grad" in args else ("forward", args["input"])
-    parameters = [args["bias"], args["weight"]]
-    bias, weight = (0 if p is None else p.numel() for p in parameters)
-    given = next((p for p in parameters if p is not None), data)
-    # Whether the bias comes along tells which tensor was saved; a negative slope stands for "the convolution's".
-    sums = {}
-    if direction == "backward":
-        sums = {"sum_bias": args["SUM_BIAS"], "sum_weight": args["SUM_WEIGHT"], "lower": -1.0 if bias else 0.0}
-    call = backward if direction == "backward" else forward
-    traffic = call(
-        args["RULE"], args["vectors"] * args["V"] + args["tail"], data.element_size(),
-        bias=bias, weight=weight, parameter_itemsize=given.element_size(), **sums,
-    )  # fmt: skip
-    flops = "flops64" if data.element_size() == 8 else "flops32"
-    return {"name": f"fused_rect_{direction}_{args['RULE']}", "bytes": traffic.bytes, flops: traffic.flops}
+    backwards = "grad" in args
+    data = args["grad" if backwards else "input"]
+    given = [p for p in (args["bias"], args["weight"]) if p is not None]
+    bias, weight = (0 if p is None else p.numel() for p in (args["bias"], args["weight"]))
+    size = args["vectors"] * args["V"] + args["tail"]
+    parameter_itemsize = given[0].element_size() if given else 0
+    if backwards:
+        # A bias comes along only where it has to be added again, to the convolution's output: as for a negative slope.
+        traffic = backward(
+            args["RULE"], size, data.element_size(),
+            bias=args["channels"] if args["SUM_BIAS"] else bias, weight=weight, parameter_itemsize=parameter_itemsize,
+            lower=-1.0 if bias else 0.0, sum_bias=args["SUM_BIAS"], sum_weight=args["SUM_WEIGHT"],
+        )  # fmt: skip
+    else:
+        traffic = forward(
+            args["RULE"], size, data.element_size(), bias=bias, weight=weight, parameter_itemsize=parameter_itemsize
+        )
+    name = f"fused_rect_{'backward' if backwards else 'forward'}_{args['RULE']}"
+    return {"name": name, "bytes": traffic.bytes, f"flops{data.element_size() // 8 * 32 + 32}": traffic.flops}

@@ -5,6 +5,9 @@ compiled code. The tensors lie inside larger ones whose margins must survive, so
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -381,3 +384,21 @@ def test_a_network_trains_to_the_same_weights():
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for got, expected in zip(parameters, expected_parameters):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+NO_DRIVER = """
+import torch, fused_rect as fr
+with fr.backend("triton"):
+    try:
+        fr.functional.bias_relu(torch.ones(2, 3), None)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_forced_triton_without_a_driver_says_what_to_set():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_DRIVER], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "TRITON_INTERPRET=1" in done.stdout and "CPU tensors" in done.stdout
