@@ -22,7 +22,7 @@ from .inspection import SHAPES, TARGETS, collect, shape_name
 
 FILE = Path(__file__).with_name("figures.json")
 BATCH_OF_ONE = (1, 51, 407, 409)  # an odd count of elements too, so the last vector is not whole
-VARIANTS = [*product(["bfloat16"], [*SHAPES, BATCH_OF_ONE]), ("float16", SHAPES[1]), ("float32", SHAPES[1])]
+VARIANTS = [*product(["bfloat16"], [SHAPES[1], BATCH_OF_ONE]), ("float16", SHAPES[0]), ("float32", SHAPES[1])]
 CASES = [
     Case(target, rectifier, dtype, layout, shape)
     for target, rectifier, layout, (dtype, shape) in product(TARGETS, RECTIFIERS, LAYOUTS, VARIANTS)

@@ -52,13 +52,22 @@ class Code:
         at = [n for n, i in enumerate(path) if i.width == widest]
         return path[at[0] : at[-1] + 1] if at else path
 
-    def loops(self) -> list[tuple[Instruction, ...]]:
-        """The instructions between each backward branch and its target, one that jumps to itself (padding) left out."""
-        return [
-            self.instructions[i.target : n + 1]
-            for n, i in enumerate(self.instructions)
-            if i.target is not None and i.target < n
-        ]
+    def loops(self) -> list[list[Instruction]]:
+        """The instructions of each loop: those that lead back to its head without passing it."""
+        _, back = _walk(self.instructions)
+        before: list[list[int]] = [[] for _ in self.instructions]
+        for n in range(len(self.instructions)):
+            for successor in _successors(self.instructions, n):
+                before[successor].append(n)
+        found = []
+        for end, head in back:
+            body, waiting = {head, end}, [end] if end != head else []
+            while waiting:
+                new = [n for n in before[waiting.pop()] if n not in body]
+                body.update(new)
+                waiting += new
+            found.append([self.instructions[n] for n in sorted(body)])
+        return found
 
     def in_flight(self) -> int:
         """Most bytes of the widest loads that a thread has under way: a load ends where its first byte is used.
@@ -88,15 +97,44 @@ def classes(instructions: Iterable[Instruction]) -> Counter[str]:
     return Counter(i.kind for i in instructions)
 
 
+def _successors(code: Sequence[Instruction], n: int) -> list[int]:
+    i = code[n]
+    return [s for s in (i.target, n + 1 if i.falls else None) if s is not None and s < len(code)]
+
+
+def _walk(code: Sequence[Instruction]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Depth first from the entry: (instructions, each behind all that may follow it; edges that close a loop)."""
+    order: list[int] = []
+    back: list[tuple[int, int]] = []
+    state = [0] * len(code)  # 1 on the way here, 2 done
+    stack = [(0, iter(_successors(code, 0)))] if code else []
+    state[:1] = [1] * len(code[:1])
+    while stack:
+        n, successors = stack[-1]
+        for successor in successors:
+            if state[successor] == 1:
+                back.append((n, successor))
+            elif state[successor] == 0:
+                state[successor] = 1
+                stack.append((successor, iter(_successors(code, successor))))
+                break
+        else:
+            state[n] = 2
+            order.append(n)
+            stack.pop()
+    return order, back
+
+
 def _path(code: Sequence[Instruction]) -> list[int]:
-    """Indices of the main path: most widest accesses first, fewest instructions then; back edges are not taken."""
+    """Indices of the main path: most widest accesses first, fewest instructions then; loops are taken once."""
     widest = {kind: max((i.width for i in code if i.kind == kind), default=0) for kind in ACCESSES}
-    # Forward branches only, so an instruction's successors are behind it and one pass from the end decides.
+    order, back = _walk(code)
+    closing = set(back)
     best: list[tuple[int, int]] = [(0, 0)] * len(code)
     following: list[int | None] = [None] * len(code)
-    for n in reversed(range(len(code))):
+    for n in order:
         i = code[n]
-        successors = [s for s in (i.target, n + 1 if i.falls else None) if s is not None and n < s < len(code)]
+        successors = [s for s in _successors(code, n) if (n, s) not in closing]
         following[n] = max(successors, key=lambda s: best[s], default=None)
         accesses, length = max((best[s] for s in successors), default=(0, 0))
         if i.ends and (accesses, length) < (0, 0):

@@ -116,6 +116,21 @@ def test_the_main_path_is_the_best_of_all_paths(rows):
     assert merit(Code("k", program, 0, 0, 0).main_path()) == best
 
 
+def block(kind, target=None, falls=True):
+    return Instruction("X", "", kind, target=target, falls=falls)
+
+
+def test_a_branch_back_is_a_loop_only_where_it_can_come_again():
+    body = block("shared"), block("integer", target=1)
+    looped = Code("k", (block("integer"), *body, block("control", falls=False)), 0, 0, 0)
+    assert looped.loops() == [list(body)]
+    # Code that is merely laid out backward: to 3, back to 1, which ends.
+    laid = (block("control", 3, False), block("barrier"), block("control", falls=False), block("control", 1, False))
+    backward = Code("k", laid, 0, 0, 0)
+    assert backward.loops() == []
+    assert [i.kind for i in backward.main_path()] == ["control", "control", "barrier", "control"]
+
+
 H100 = roofline.GPUS["sm_90"]
 
 
