@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
 import numpy as np
@@ -179,12 +180,28 @@ def named(name: str) -> Any:
     """The object that "module:name" or "path/to/file.py:name" names. Raises ValueError where there is none."""
     module, _, attribute = name.rpartition(":")
     try:
-        if module.endswith(".py"):
-            return runpy.run_path(module, run_name=Path(module).stem)[attribute]
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), attribute)
     except (AttributeError, FileNotFoundError, KeyError, ModuleNotFoundError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name!r} names nothing: expected module:name or file.py:name ({what})") from error
+
+
+def _file(path: Path) -> ModuleType:
+    """The module in ``path``, which stands in sys.modules, so that the source of its classes can be found."""
+    name = path.stem
+    while name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path.resolve()):
+        name += "_"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None  # its name ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 # ---- in the fresh process ----

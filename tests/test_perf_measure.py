@@ -119,3 +119,17 @@ def test_on_a_gpu_a_sample_is_tritons_median(monkeypatch):
     ran = []
     assert core._sampler(lambda: ran.append(1), "cuda", 0.05)() == pytest.approx(50e-6)
     assert ran == [1]
+
+
+def test_named_objects_of_modules_and_files(tmp_path):
+    import inspect
+    import json as standard
+
+    file = tmp_path / "json.py"  # the name of a module that is there already
+    file.write_text("class Here:\n    pass\n")
+    here = core.named(f"{file}:Here")
+    assert inspect.getsource(here).startswith("class Here") and core.named(f"{file}:Here") is here
+    assert core.named("json:dumps") is standard.dumps
+    for name in ("no.module:f", "json:nothing", f"{tmp_path}/none.py:f", f"{file}:nothing", "json"):
+        with pytest.raises(ValueError, match="names nothing"):
+            core.named(name)
