@@ -136,6 +136,8 @@ def _blank(original: Any, fold: bool) -> nn.Module:
 
 
 def _sites(module: nn.Module, name: str, fold: bool) -> list[Site]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return _scripted(module, name)
     original = _original(module)
     if original.forward is nn.Sequential.forward:
         found = list(_sequential_sites(module, name, fold))
@@ -144,10 +146,11 @@ def _sites(module: nn.Module, name: str, fold: bool) -> list[Site]:
     else:
         rewritten = source.rewritten(original.forward)
         if rewritten is None:
-            return _without_source(module, name)
+            return _unseen(module, name, "the source of its forward cannot be read")
         found = [site for place in rewritten.places for site in source.sites(module, name, place)]
         if not rewritten.places:
             found = [replace(s, where=f"{name}.{s.where}".lstrip(".")) for s in traced.sites(module, original)]
+        found = found or _unseen(module, name, _NOT_ADJACENT)
     obstacle = _class_obstacle(module, original)
     return found if obstacle is None else [Site(s.where, s.linear_map, s.rectifier, False, obstacle) for s in found]
 
@@ -155,8 +158,6 @@ def _sites(module: nn.Module, name: str, fold: bool) -> list[Site]:
 def _class_obstacle(module: nn.Module, original: type[nn.Module]) -> str | None:
     if "forward" in module.__dict__:
         return "forward was replaced on the instance"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "the module is a TorchScript module"
     if any("__slots__" in vars(c) for c in original.__mro__[:-1]):
         return "the class has __slots__"
     if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
@@ -164,13 +165,25 @@ def _class_obstacle(module: nn.Module, original: type[nn.Module]) -> str | None:
     return None
 
 
-def _without_source(module: nn.Module, name: str) -> list[Site]:
-    """A forward whose source cannot be read: its direct children are named as one site that is left."""
+_NOT_ADJACENT = (
+    "its forward does not call the one on the other's result where nothing else reads that result (a helper method, "
+    "a name read twice, or a loop that cannot be traced); torch.compile's backend sees through helpers and loops"
+)
+
+
+def _unseen(module: nn.Module, name: str, reason: str) -> list[Site]:
+    """A forward in which no pair was found although the module holds both kinds: they are named as one site, left."""
     linear = [k for k, m in module.named_children() if pairs.linear_map_name(m)]
     rectifiers = [k for k, m in module.named_children() if pairs.rectifier_name(m)]
-    if not (linear and rectifiers):
-        return []
-    return [Site(name, "/".join(linear), "/".join(rectifiers), False, "the source of its forward cannot be read")]
+    return [Site(name, "/".join(linear), "/".join(rectifiers), False, reason)] if linear and rectifiers else []
+
+
+def _scripted(module: torch.jit.ScriptModule, name: str) -> list[Site]:
+    kinds = [str(getattr(m, "original_name", "")) for m in module.children()]
+    linear = [k for k in kinds if k.startswith(("Conv", "Linear"))]
+    rectifiers = [k for k in kinds if k in ("ReLU", "LeakyReLU", "PReLU", "RReLU")]
+    reason = "a TorchScript module has its code compiled in; fuse the model before torch.jit.script"
+    return [Site(name, "/".join(linear), "/".join(rectifiers), False, reason)] if linear and rectifiers else []
 
 
 def _sequential_sites(module: nn.Module, name: str, fold: bool) -> Iterator[Site]:

@@ -33,6 +33,7 @@ _RECTIFIERS: dict[Any, str] = {
     nn.RReLU.forward: "rrelu",
     RReLU.forward: "rrelu",
 }
+METHODS = ("relu", "relu_")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONV_FORWARDS = tuple(c._conv_forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d))
 # Hooks that compute the weight and look at nothing else; they are run before the fused call.
@@ -83,9 +84,10 @@ def _globally_hooked() -> bool:
 
 def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> Any:
     """activation(linear_map(*args, **kwargs)), in one pass where the two are a fusable pair."""
+    size: Any = kwargs.get("output_size")
     if (
         len(args) != 1
-        or kwargs
+        or (kwargs and not (kwargs.keys() == {"output_size"} and getattr(linear_map, "transposed", False)))
         or not isinstance(args[0], Tensor)
         or args[0].dtype not in FLOATING
         or not isinstance(activation, nn.Module)
@@ -100,7 +102,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
         hook(linear_map, args)
     weight, seed, rule = epilogue_arguments(activation, input)
     bias: Any = linear_map.bias
-    return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule))
+    return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule), size)
 
 
 def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> bool:
@@ -112,7 +114,10 @@ def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> 
 def call_function_pair(
     function: Any, rest: tuple[Any, ...], options: dict[str, Any], linear_map: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """function(linear_map(*args, **kwargs), *rest, **options); fused where ``function`` is a functional rectifier."""
+    """function(linear_map(*args, **kwargs), *rest, **options); fused where ``function`` is a functional rectifier.
+
+    A name in ``METHODS`` is that method of the linear map's output.
+    """
     rectifier = _functional_rule(function, rest, options)
     if (
         rectifier is None
@@ -124,7 +129,8 @@ def call_function_pair(
         or obstacle(_PROBE, linear_map) is not None
         or _globally_hooked()
     ):
-        return function(linear_map(*args, **kwargs), *rest, **options)
+        out = linear_map(*args, **kwargs)
+        return getattr(out, function)() if isinstance(function, str) else function(out, *rest, **options)
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
     bias: Any = linear_map.bias
@@ -136,7 +142,7 @@ _PROBE = nn.ReLU()  # a rectifier without hooks: leaves the linear map's own obs
 
 def _functional_rule(function: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> functional.Rule | None:
     """The rule of F.relu or F.leaky_relu as called; others (random or with a tensor of slopes) are left as written."""
-    if function in (nn.functional.relu, nn.functional.relu_, torch.relu):
+    if function in (nn.functional.relu, nn.functional.relu_, torch.relu, torch.relu_, *METHODS):
         return ("relu", 0.0, 0.0)
     if function in (nn.functional.leaky_relu, nn.functional.leaky_relu_):
         slope = rest[0] if rest else options.get("negative_slope", 0.01)

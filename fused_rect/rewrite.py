@@ -46,7 +46,7 @@ class Site:
 
     def __str__(self) -> str:
         verdict = "fused" if self.fused else f"left: {self.reason}"
-        return f"{self.where}: {self.linear_map} + {self.rectifier}: {verdict}"
+        return f"{self.where or 'model'}: {self.linear_map} + {self.rectifier}: {verdict}"
 
 
 Policy = Callable[[str, fx.Node], "str | None"]  # (rectifier, the node whose value it rectifies) -> why to leave it

@@ -13,6 +13,7 @@ import functools
 import inspect
 import textwrap
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ def rewritten(forward: Any) -> Rewritten | None:
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or hasattr(forward, "__wrapped__"):
         return None
     places: list[Place] = []
-    definition = _Nest().visit(definition)
+    definition = _Mangle(forward).visit(definition)
+    definition = _Nest(definition).visit(definition)
     definition = _Pair(forward, places).visit(definition)
     return Rewritten(_compiled(forward, definition) if places else forward, tuple(places))
 
@@ -106,8 +108,43 @@ def call(outer: Any, inner: Any, rest: tuple[Any, ...], options: dict[str, Any],
     return pairs.call_function_pair(outer, rest, options, inner, *args, **kwargs)
 
 
+class _Mangle(ast.NodeTransformer):
+    """Private names, `self.__conv`, as the compiler writes them inside the class: `self._Model__conv`."""
+
+    def __init__(self, forward: types.FunctionType) -> None:
+        owner = forward.__qualname__.rpartition(".")[0].rpartition(".")[2].lstrip("_")
+        self.prefix = f"_{owner}" if owner else ""
+
+    def _mangled(self, name: str) -> str:
+        return self.prefix + name if name.startswith("__") and not name.endswith("__") else name
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        node.attr = self._mangled(node.attr)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        node.id = self._mangled(node.id)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.arg = self._mangled(node.arg)
+        return node
+
+
 class _Nest(ast.NodeTransformer):
-    """`x = inner(...)` directly before `x = outer(x, ...)` or `return outer(x, ...)` becomes one nested statement."""
+    """`x = inner(...)` directly before `x = outer(x, ...)` or `return outer(x, ...)` becomes one nested statement.
+
+    So does `z = inner(...)` before `y = outer(z, ...)` where nothing else reads z.
+    """
+
+    def __init__(self, definition: ast.FunctionDef) -> None:
+        self.reads = Counter(
+            n.id for n in ast.walk(definition) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)
+        )
+        # A name of an outer scope is read by others.
+        for node in ast.walk(definition):
+            if isinstance(node, (ast.Global, ast.Nonlocal)):
+                self.reads.update(node.names)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -120,17 +157,18 @@ class _Nest(ast.NodeTransformer):
     def _nested(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         result: list[ast.stmt] = []
         for statement in statements:
-            if result and _feeds(result[-1], statement):
+            if result and _feeds(result[-1], statement, self.reads):
                 statement.value.args[0] = result.pop().value  # type: ignore[attr-defined]
             result.append(statement)
         return result
 
 
-def _feeds(first: ast.stmt, second: ast.stmt) -> bool:
+def _feeds(first: ast.stmt, second: ast.stmt, reads: Counter[str]) -> bool:
     name = _assigned(first)
     if name is None or not isinstance(first.value, ast.Call):  # type: ignore[attr-defined]
         return False
-    if not (isinstance(second, ast.Return) or _assigned(second) == name) or not isinstance(second.value, ast.Call):  # type: ignore[attr-defined]
+    gone = isinstance(second, ast.Return) or _assigned(second) == name or (_assigned(second) and reads[name] == 1)
+    if not gone or not isinstance(second.value, ast.Call):  # type: ignore[attr-defined]
         return False
     outer = second.value  # type: ignore[attr-defined]
     if not (outer.args and isinstance(outer.args[0], ast.Name) and outer.args[0].id == name):
@@ -158,6 +196,8 @@ class _Pair(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call):
+            return self._method(node, node.func.attr, node.func.value)
         if not (node.args and isinstance(node.args[0], ast.Call)):
             return node
         inner = node.args[0]
@@ -174,6 +214,14 @@ class _Pair(ast.NodeTransformer):
         arguments = [node.func, inner.func, rest, options, *inner.args]
         new = ast.Call(ast.Name(_HELPER, ast.Load()), arguments, inner.keywords)
         return ast.copy_location(new, node)
+
+    def _method(self, node: ast.Call, name: str, inner: ast.Call) -> ast.AST:
+        """`inner(a, k=b).relu_()`"""
+        if name not in pairs.METHODS or node.args or node.keywords or not _may_be_module(inner.func):
+            return node
+        self.places.append(Place(repr(name), ast.unparse(inner.func)))
+        arguments = [ast.Constant(name), inner.func, ast.Tuple([], ast.Load()), ast.Dict([], []), *inner.args]
+        return ast.copy_location(ast.Call(ast.Name(_HELPER, ast.Load()), arguments, inner.keywords), node)
 
     def _may_rectify(self, node: ast.Call) -> bool:
         if _root(node.func) == "self" and isinstance(node.func, (ast.Attribute, ast.Subscript)):
@@ -221,6 +269,7 @@ def resolve(forward: Any, node: ast.expr) -> Any:
 def sites(module: nn.Module, name: str, place: Place) -> Iterator[Site]:
     """The site that ``place`` is in ``module``; nothing where it clearly is none."""
     outer, inner = _look_up(module, place.outer), _look_up(module, place.inner)
+    outer = F.relu if place.outer.strip("'") in pairs.METHODS else outer
     rectifier = pairs.rectifier_name(outer) if isinstance(outer, nn.Module) else _FUNCTIONS.get(outer)
     linear_map = pairs.linear_map_name(inner)
     if (outer is not _UNKNOWN and rectifier is None) or (inner is not _UNKNOWN and linear_map is None):

@@ -1,0 +1,197 @@
+"""fuse on the ways in which people write a forward: each is fused, or left and reported, and computes the same."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import fused_calls
+from torch import nn
+
+import fused_rect as fr
+from fused_rect import fusion
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.act = nn.LeakyReLU(0.3, inplace=True)
+
+
+class InPlaceFunction(Base):
+    def forward(self, x):
+        return torch.relu_(self.conv(x))
+
+
+class Method(Base):
+    def forward(self, x):
+        return self.conv(x).relu_() + x
+
+
+class FunctionAttribute(Base):
+    def __init__(self):
+        super().__init__()
+        self.function = F.relu
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+class TwoNames(Base):
+    def forward(self, x):
+        z = self.conv(x)
+        y = self.act(z)
+        return y + x
+
+
+class Dictionary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.m = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "act": nn.PReLU(3)})
+
+    def forward(self, x):
+        return self.m["act"](self.m["conv"](x))
+
+
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.__conv, self.__act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.__act(self.__conv(x))
+
+
+class OutputSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act = nn.ConvTranspose2d(3, 3, 3, stride=2), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.up(x, output_size=[14, 14]))
+
+
+class Circular(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+class Zipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
+        self.acts = nn.ModuleList([nn.ReLU(), nn.PReLU()])
+
+    def forward(self, x):
+        for conv, act in zip(self.convs, self.acts):
+            x = act(conv(x))
+        return x
+
+
+class Subclassed(nn.Sequential):
+    pass
+
+
+class OwnReLU(nn.ReLU):
+    pass
+
+
+FUSED = {
+    InPlaceFunction: 1,
+    Method: 1,
+    FunctionAttribute: 1,
+    TwoNames: 1,
+    Dictionary: 1,
+    Private: 1,
+    OutputSize: 1,
+    Circular: 1,
+    Zipped: 2,
+    functools.partial(Subclassed, nn.Conv2d(3, 3, 1), OwnReLU()): 1,
+}
+
+
+def converted(make):
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    fr.fuse(model)
+    calls = fused_calls(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    return calls, fusion.report(model)
+
+
+@pytest.mark.parametrize("make", FUSED)
+def test_it_is_fused(make):
+    calls, report = converted(make)
+    assert calls == FUSED[make] and all(site.fused for site in report) and report, [str(s) for s in report]
+
+
+class Helper(Base):
+    def features(self, x):
+        return self.conv(x)
+
+    def forward(self, x):
+        return self.act(self.features(x))
+
+
+class ReadTwice(Base):
+    """The rectifier writes into z, which is read again: both readers see the rectified values."""
+
+    def forward(self, x):
+        z = self.conv(x)
+        y = self.act(z)
+        return y + z
+
+
+class Global(Base):
+    def forward(self, x):
+        global kept
+        kept = self.conv(x)
+        y = self.act(kept)
+        return y
+
+
+def doubled(function):
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args) * 2
+
+    return call
+
+
+class Decorated(Base):
+    @doubled
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+LEFT = {Helper: "helper", ReadTwice: "read twice", Global: "read twice", Decorated: "source of its forward"}
+
+
+@pytest.mark.parametrize("make", LEFT)
+def test_it_is_left_and_reported(make):
+    calls, (site,) = converted(make)
+    assert calls == 0 and not site.fused and LEFT[make] in site.reason
+    assert (site.linear_map, site.rectifier) == ("conv", "act") and str(site).startswith("model: ")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_left_and_reported():
+    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    assert fr.fuse(model) is model
+    (site,) = fusion.report(model)
+    assert not site.fused and "before torch.jit.script" in site.reason
+
+
+def test_the_backend_sees_through_what_fuse_leaves():
+    from fused_rect.compile import explain
+
+    for make in (Helper, Decorated):
+        report = explain(make(), torch.randn(2, 3, 6, 6), options={"fused_rect.sites": "all"})
+        assert [site.fused for site in report] == [True], str(report)
