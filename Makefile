@@ -3,42 +3,49 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= demo,models,perf,study,test
 RUN = $(VENV)/bin/python
+# Two runs at once take turns; the second finds the work done. Without flock (macOS) they must not overlap.
+LOCK = $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: setup demo study test test-all mutants gpu-check lint clean
+.PHONY: help setup demo study test test-all mutants gpu-check lint clean
 
-setup: $(VENV)/.installed
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
 
+setup:  ## the virtual environment, once and after pyproject.toml changes
+	@$(LOCK) $(MAKE) --no-print-directory $(VENV)/.installed
+
+# The mark comes last: an installation that was interrupted is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-demo: setup
+demo: setup  ## train on real digits, fused and eager side by side, then a quick profile
 	$(VENV)/bin/fused-rect demo
 	$(VENV)/bin/fused-rect profile --quick
 
 # Minutes on two cores; STUDY passes options on, e.g. make study STUDY="--seeds 20 --out study-20".
-study: setup
+study: setup  ## repeat the evaluation of Xu et al. 2015
 	$(VENV)/bin/fused-rect study $(STUDY)
 
-lint: setup
+lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-test: lint
+test: lint  ## all but the long sweeps
 	$(RUN) -m pytest -n 2 -m "not exhaustive"
 
-test-all: lint
+test-all: lint  ## everything
 	$(RUN) -m pytest -n 2
 
 # Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; about 20 minutes on two cores.
-mutants: setup
+mutants: setup  ## break the code on purpose
 	$(RUN) tests/mutation.py $(MUTANTS)
 
 # On a machine with a GPU: kernels, tests, times, CUDA graphs, compute-sanitizer; writes perf/results/.
-gpu-check: setup
+gpu-check: setup  ## all that needs a GPU
 	$(RUN) -m fused_rect.perf.gpu_check
 
-clean:
+clean:  ## remove the environment and build outputs
 	rm -rf $(VENV) build dist *.egg-info
