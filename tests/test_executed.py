@@ -1,0 +1,115 @@
+"""Whole launches counted on the PTX machine: instructions an element, 32-byte sectors, widths of the accesses.
+
+A launch is the kernel from its first program to its last, tail and finishing sum included. Run with `-s` to see the
+figures, with the folder of ptxgpu on PYTHONPATH and FUSED_RECT_BACKEND=triton:
+
+    python -m pytest -p ptxgpu.plugin -s tests/test_executed.py
+"""
+
+import math
+import sys
+
+import pytest
+import torch
+import triton
+
+from fused_rect.kernels import launch, rectify
+
+machine = sys.modules.get("ptxgpu")
+pytestmark = [
+    pytest.mark.ptx,
+    pytest.mark.skipif(
+        machine is None or not isinstance(rectify.forward, triton.JITFunction), reason="counts need the PTX machine"
+    ),
+]
+
+RULES = {"leaky_relu": (0.1, 0.1), "prelu": (0.0, 0.0), "rrelu": (1 / 8, 1 / 3)}
+# Instructions an element: forward and backward of each rule, bfloat16, for any shape of a million elements or more.
+BUDGET = {"leaky_relu": (14, 15), "prelu": (14, 21), "rrelu": (30, 30)}
+# A batch of one has no rows to share the look-ups among, and with an odd plane any vector may hold two channels: a
+# comparison and a selection an element for each parameter, and four more operations an element for each sum.
+ODD_PLANE_OF_ONE_IMAGE = {"leaky_relu": (14, 20), "prelu": (16, 37), "rrelu": (32, 38)}
+# Few rows of (N, C) with an odd C: 32 rows share a column's partial sums, 4 bytes written and read again for 192.
+FEW_ROWS = {"leaky_relu": (14, 15), "prelu": (14, 24), "rrelu": (30, 32)}
+QUICK = [((32, 51, 29, 31), "contiguous"), ((16, 96, 28, 28), "channels_last")]
+SHAPES = [
+    *QUICK,
+    ((32, 51, 29, 31), "channels_last"),
+    ((16, 96, 28, 28), "contiguous"),
+    ((4, 192, 37, 37), "contiguous"),
+    ((4, 192, 37, 37), "channels_last"),
+    ((4, 1000, 16, 17), "contiguous"),
+    ((4, 1000, 16, 17), "channels_last"),
+    ((512, 64, 7, 7), "contiguous"),
+    ((512, 64, 7, 7), "channels_last"),
+    ((1, 64, 128, 128), "contiguous"),
+    ((1, 97, 105, 103), "contiguous"),
+    ((1, 97, 105, 103), "channels_last"),
+    ((256, 4099), "contiguous"),
+    ((1048583,), "contiguous"),
+]
+
+
+def budget(shape):
+    if shape[0] == 1 and len(shape) == 4 and math.prod(shape[2:]) % 2:
+        return ODD_PLANE_OF_ONE_IMAGE
+    return FEW_ROWS if shape == (256, 4099) else BUDGET
+
+
+def count(shape, layout, rule, dtype, backward):
+    """(instructions an element, sectors over the least, widest access, registers) of the launches of one call."""
+    x = torch.randn(shape).to(dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    channels = shape[1] if len(shape) > 1 else 1
+    bias = torch.randn(channels).to(dtype)
+    weight = torch.rand(channels).to(dtype) if rule == "prelu" else None
+    seed = torch.tensor([123456789]) if rule == "rrelu" else None
+    arguments, out = (bias, weight, seed, rule, *RULES[rule]), torch.empty_like(x)
+    before = len(machine.stats())
+    if backward:
+        launch.backward(torch.randn_like(x), x, *arguments, out, True, rule == "prelu")
+    else:
+        launch.forward(x, *arguments, out)
+    launches = machine.stats()[before:]
+    least = (3 if backward else 2) * -(-x.numel() * x.element_size() // 32)
+    return (
+        sum(s.instructions for s in launches) / x.numel(),
+        sum(s.unique_load_sectors + s.unique_store_sectors for s in launches) / least,
+        min(max(launches[0].load_widths), max(launches[0].store_widths)),
+        launches[0].meta["function"].sass,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _count_sectors(monkeypatch):
+    monkeypatch.setattr(machine.config, "track_unique", True)
+    monkeypatch.setattr(machine.config, "check_global_races", False)
+
+
+def check(shape, layout, rule, backward, dtype=torch.bfloat16):
+    instructions, sectors, width, sass = count(shape, layout, rule, dtype, backward)
+    direction = "backward" if backward else "forward"
+    print(f"\n{shape} {layout} {dtype} {rule} {direction}: {instructions:.1f} instructions, {sectors:.3f} sectors, "
+          f"{sass.registers} registers", end="")  # fmt: skip
+    allowed = budget(shape)[rule][backward] * (1 if dtype.itemsize == 2 else 1.5)
+    assert instructions <= allowed, f"{instructions:.1f} instructions an element, {allowed} allowed"
+    few = shape == (256, 4099) and dtype.itemsize == 2
+    assert sectors <= (1.10 if few else 1.06 if backward else 1.01)
+    assert width == 16 and sass.spill_bytes == 0 and "CALL" not in sass.opcodes
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("shape", "layout"), QUICK)
+def test_budgets(shape, layout, rule, backward):
+    check(shape, layout, rule, backward)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+def test_budgets_at_any_shape(shape, layout, rule, backward, dtype):
+    check(shape, layout, rule, backward, dtype)
