@@ -183,14 +183,3 @@ def test_neighbours_are_not_written(variant):
         cpu.forward(x, None, torch.rand(channels), None, "prelu", 0.0, 0.0, out)
         cpu.backward(x, x, None, torch.rand(channels), None, "prelu", 0.0, 0.0, out, True, True)
         assert (room[:32] == 7).all() and (room[32 + n :] == 7).all()
-
-
-def test_strided_parameters(variant):
-    bias, weight = torch.randn(6, 2)[:, 0], torch.rand(6, 3)[:, 1]
-    x, out, expected = torch.randn(4, 6, 9), torch.empty(4, 6, 9), torch.empty(4, 6, 9)
-    cpu.forward(x, bias, weight, None, "prelu", 0.0, 0.0, out)
-    eager.forward(x, bias, weight, None, "prelu", 0.0, 0.0, expected)
-    assert torch.equal(out, expected)
-    _, grad_weight = cpu.backward(x, x, bias, weight, None, "prelu", 0.0, 0.0, out, False, True)
-    z = x + bias.view(-1, 1)
-    torch.testing.assert_close(grad_weight, torch.where(z > 0, 0, z * x).sum((0, 2)))

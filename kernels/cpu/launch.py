@@ -1,6 +1,6 @@
 """Host side of the C++ kernels: from tensors to one packed call. Every microsecond here is paid by small tensors too.
 
-Tensors arrive checked and dense (`fused_rect.ops`).
+Tensors arrive checked and dense, parameters without gaps (`fused_rect.ops`).
 """
 
 from __future__ import annotations
@@ -88,12 +88,10 @@ def _run(
     bias_type = weight_type = dtype = TYPES[value.dtype]
     if bias is not None:
         channelled, bias_type = True, TYPES[bias.dtype]
-        bias = bias.contiguous()
     elif grad_bias is not None:
         bias_type = TYPES[grad_bias.dtype]
     if weight is not None:
         weights, weight_type = weight.numel(), TYPES[weight.dtype]
-        weight = weight.contiguous()
     if (channelled or weights > 1) and value.dim() > 1:
         channels, inner = value.shape[1], value.stride(1)
     else:
