@@ -231,7 +231,7 @@ def _sampled(case: Case, process: int, rounds: int, least: float, patience: floa
         for name in _rotated(list(calls), process + turn):
             seconds[name].append(samplers[name]())
     weighed = calls if case.memory and process == 0 else {}
-    live = {name: peak_live_bytes(run) for name, run in weighed.items()}
+    live = {name: peak_live_bytes(run, case.device) for name, run in weighed.items()}
     kept = {name: kept_bytes(run) for name, run in weighed.items()}
     return {"seconds": seconds, "absent": absent, "live_bytes": live, "kept_bytes": kept}
 
