@@ -319,7 +319,7 @@ def test_slopes_are_the_rules_whatever_the_layout(dtype, law):
         out = torch.empty_like(x)
         op, bounds = ("rrelu", (0.125, 0.375)) if law == "slope" else ("rrelu_divisor", (3.0, 8.0))
         launch.forward(x, None, None, seed, op, *bounds, out)
-        expected = reference.flat_slopes(int(seed), x.numel(), *bounds, law, dtype)
+        expected = reference.flat_slopes(int(seed), x.numel(), *bounds, law, dtype, x.device)
         got = -out.permute(order).reshape(-1)
         if law == "slope":
             assert torch.equal(got, expected)

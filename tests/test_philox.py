@@ -97,4 +97,4 @@ def test_kernel_words_are_the_rule(seed, V, start):
     far = start + 16 * V > 2**34
     kernel_words[(1,)](out, torch.tensor([seed]), start // V, VECTORS=16, V=V, FAR=far)
     assert out.tolist() == plain_words(seed, start // V * V, 16 * V)
-    assert torch.equal(out, reference.words(seed, start // V * V, 16 * V))
+    assert out.tolist() == reference.words(seed, start // V * V, 16 * V).tolist()
