@@ -40,7 +40,41 @@ def backend(
     if any(site.fused for site in sites) and _on_cpu(example_inputs):
         # Channels-last convolutions gain nothing in training there; copies to that layout and back cost 5 to 10 %.
         patches.setdefault("layout_optimization", False)
-    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
+    compiled = cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
+    return _refusing_double_backward(compiled) if torch.is_grad_enabled() else compiled
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity on a gradient of a compiled model; AOTAutograd's own message names no way out."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "torch.compile does not support double backward (a gradient penalty, a Hessian); run the model eagerly "
+            "for it: fused_rect.fuse(model) keeps the fused ops, and they have every higher derivative"
+        )
+
+
+def _mark(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled():  # no create_graph=True
+        return None
+    apply: Any = _FirstDerivative.apply
+    return tuple(apply(g) if g is not None and g.requires_grad else g for g in grad_inputs)
+
+
+def _refusing_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for node in {output.grad_fn for output in outputs if getattr(output, "grad_fn", None) is not None}:
+            node.register_hook(_mark)
+        return outputs
+
+    return call
 
 
 def _on_cpu(inputs: list[Any]) -> bool:

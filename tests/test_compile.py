@@ -374,8 +374,12 @@ def test_double_backward_says_what_it_cannot_do_and_eager_does_it():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU())
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(compiled(model, options=ALL)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+    with pytest.raises(RuntimeError, match=r"fused_rect\.fuse\(model\) keeps the fused ops"):
         grad.sum().backward()
+    layer = fused_rect.fuse(copy.deepcopy(model).eval())
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    grad.sum().backward()
+    assert layer[0].weight.grad is not None
 
 
 def test_a_compiled_model_survives_a_copy():
