@@ -30,7 +30,7 @@ FOCUSED = {
     NATIVE: ["tests/test_native.py"],
     EAGER: ["tests/test_kernels.py"],
 }
-REST = ["tests/test_plan.py", "tests/test_kernels.py", "tests/test_native.py", "tests/test_gpu_check.py"]
+REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "addresses", "gpu_check")]
 
 MUTANTS = [
     # ---- random slopes

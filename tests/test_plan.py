@@ -149,6 +149,11 @@ def test_wide_only_where_it_must_be():
     assert plan(2**33, 2, 2**32, 2).wide
 
 
+def test_counters_take_64_bits_only_past_2_to_the_34_elements():
+    assert not plan(2**34, 64, 512 * 512, 2).far
+    assert plan(2**34 + 8, 64, 512 * 512, 2).far
+
+
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize(
     "shape", [(32, 51, 29 * 31), (16, 784, 96), (64, 64, 49), (1, 97, 10815), (4, 192, 1369), (256, 4099, 1)]
