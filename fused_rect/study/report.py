@@ -65,7 +65,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "device": f"{device.type} ({name})",
         "cores": os.cpu_count(),
         "processes": world_size,
-        "fused_path": backends.why(device),
+        "fused_path": backends.why(device).replace(str(Path.home()), "~"),
     }
 
 
@@ -128,10 +128,12 @@ def show(console: Console, value: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     table.add_column("the paper's\nCIFAR-10 test error %", justify="right", style="dim")
     for row in rows(value):
-        table.add_row(
-            row["label"], percent(row["test_error"]), loss(row["test_loss"]), percent(row["train_error"]),
-            percent(row["train_mode_train_error"]), f"{100 * row['paper']['cifar-10'][1]:.2f}",
+        figures = (
+            percent(row["test_error"]), loss(row["test_loss"]), percent(row["train_error"]),
+            percent(row["train_mode_train_error"]),
         )  # fmt: skip
+        below = (text.replace(" [", "\n[") for text in figures)
+        table.add_row(row["label"], *below, f"{100 * row['paper']['cifar-10'][1]:.2f}")
     console.print(table)
     for metric, name in statistics.METRICS.items():
         console.print(_pairs_table(value["differences"][metric], name, metric))
