@@ -71,7 +71,7 @@ def roofline(records: pd.DataFrame) -> str:
 
 
 def scaling(curve: Curve) -> list[str]:
-    """Two pictures of a curve: time of the fused call and the copy, and cost in copies with its flagged points."""
+    """Three pictures of a curve: time of the fused call and the copy, bytes moved a second, and cost in copies."""
     with plt.rc_context(STYLE):
         figure, axes = _axes(curve.axis, "time, ms")
         xs = [p.x for p in curve.points]
@@ -80,7 +80,11 @@ def scaling(curve: Curve) -> list[str]:
         axes.legend()
         axes.set_title(f"{curve.rectifier}, {curve.mode}: time")
         time = _svg(figure, f"Time against {curve.axis}")
-        figure, axes = _axes(curve.axis, "cost, copies", y="linear")
+        figure, axes = _axes(curve.axis, "GB/s")
+        axes.plot(xs, [p.bytes / p.seconds / 1e9 for p in curve.points], color=ACCENT, marker="o", markersize=4)
+        axes.set_title(f"{curve.rectifier}, {curve.mode}: bytes moved a second")
+        moved = _svg(figure, f"Bytes moved a second against {curve.axis}")
+        figure, axes = _axes(curve.axis, "cost, copies")
         for note, color in (("", ACCENT), ("launch-bound", MUTED), ("not flat", WARN)):
             chosen = [p for p in curve.points if p.note == note]
             if chosen:
@@ -90,18 +94,17 @@ def scaling(curve: Curve) -> list[str]:
                 ]
                 axes.errorbar([p.x for p in chosen], [p.cost for p in chosen], spread, color=color, marker="o",
                               markersize=4, linestyle="", capsize=2, label=note or "flat")  # fmt: skip
-        axes.set_ylim(0, 1.3 * max(p.cost for p in curve.points))
         axes.legend()
         axes.set_title(f"{curve.rectifier}, {curve.mode}: cost")
-        return [time, _svg(figure, f"Cost relative to a copy against {curve.axis}")]
+        return [time, moved, _svg(figure, f"Cost relative to a copy against {curve.axis}")]
 
 
-def _axes(x: str, y_label: str, y: str = "log") -> tuple[Any, Any]:
+def _axes(x: str, y_label: str) -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=(380 / 72, 290 / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.set_xscale("log")
-    axes.set_yscale(y)
+    axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y_label)
     axes.grid(True, color=LINE, linewidth=0.5)

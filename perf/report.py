@@ -95,12 +95,12 @@ def change(now: float, before: float) -> str:
 
 def _curve_table(curve: Curve) -> Table:
     table = Table(title=f"{curve.axis}: {curve.rectifier}, {curve.mode}", **STYLE)
-    for header in (curve.axis, "time", "ns / element", "copies", ""):
+    for header in (curve.axis, "time", "moved", "ns / element", "copies", ""):
         table.add_column(header, justify="left" if not header else "right")
     for p in curve.points:
         table.add_row(
-            f"{p.x:,}", seconds(p.seconds), f"{p.ns_per_element:.3g}",
-            f"{p.cost:.2f} ({p.cost_low:.2f}–{p.cost_high:.2f})", p.note,
+            f"{p.x:,}", seconds(p.seconds), size(p.bytes), f"{p.ns_per_element:.3g}",
+            f"{p.cost:.3g} ({p.cost_low:.3g}–{p.cost_high:.3g})", p.note,
         )  # fmt: skip
     return table
 

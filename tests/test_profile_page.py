@@ -120,4 +120,4 @@ def contrast(a, b):
 
 def test_scaling_pictures_are_on_the_page():
     frame = report(workload="scaling threads").query("part != 'layer'").copy()
-    assert page(frame, {}, "").count("<svg") == 3
+    assert page(frame, {}, "").count("<svg") == 4
