@@ -152,7 +152,12 @@ def hifigan() -> nn.Module:
     with without_torchvision():
         speecht5: Any = importlib.import_module("transformers.models.speecht5")
         made: Callable[..., nn.Module] = speecht5.SpeechT5HifiGan
-    sizes = {"model_in_dim": 16, "upsample_initial_channel": 16, "upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8]}
+    sizes = {
+        "model_in_dim": 16,
+        "upsample_initial_channel": 16,
+        "upsample_rates": [4, 4],
+        "upsample_kernel_sizes": [8, 8],
+    }
     return made(speecht5.SpeechT5HifiGanConfig(**sizes, normalize_before=False))
 
 

@@ -274,7 +274,7 @@ def layers(rectifier):
     return nn.Sequential(nn.Conv2d(16, 16, 3), rectifier(), nn.Conv2d(16, 16, 3), rectifier())
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky", "rrelu"])
+@pytest.mark.parametrize("name", ["leaky", "rrelu"])
 def test_a_compiled_training_step_is_convolutions_and_ours_without_a_copy(name):
     """Inductor's channels-last convolutions would put two copies around each site."""
     x = torch.randn(2, 16, 12, 12)
