@@ -35,7 +35,12 @@ def measure(
     protocol: Protocol, variants: list[str], dataset: Dataset, device: torch.device, rounds: int = ROUNDS
 ) -> list[Cost]:
     """Fused and eager in turns, round by round, so that what else the machine does meets both."""
-    return [_cost(protocol, variant, dataset, device, rounds) for variant in variants]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the runs have it
+    try:
+        return [_cost(protocol, variant, dataset, device, rounds) for variant in variants]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cost(protocol: Protocol, variant: str, dataset: Dataset, device: torch.device, rounds: int) -> Cost:
