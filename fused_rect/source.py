@@ -99,13 +99,38 @@ def _compiled(forward: types.FunctionType, definition: ast.FunctionDef) -> Calla
     return functools.update_wrapper(function, forward)
 
 
-def call(outer: Any, inner: Any, rest: tuple[Any, ...], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """outer(inner(*args, **kwargs), *rest, **options)"""
-    if isinstance(outer, nn.Module):
-        if rest or options:
-            return outer(inner(*args, **kwargs), *rest, **options)
-        return pairs.call_pair(outer, inner, *args, **kwargs)
-    return pairs.call_function_pair(outer, rest, options, inner, *args, **kwargs)
+Step = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a callable and what it takes behind its input
+
+
+def call(steps: tuple[Step, ...], inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """The steps, outermost first, around inner(*args, **kwargs); each call is held back in case a rectifier follows."""
+    held: Any = (inner, args, kwargs)
+    for outer, rest, options in reversed(steps):
+        if held is not None and _rectifies(outer):
+            value, held = _pair(outer, rest, options, *held), None
+        else:
+            value = value if held is None else held[0](*held[1], **held[2])
+            held = (outer, (value, *rest), options)
+    return value if held is None else held[0](*held[1], **held[2])
+
+
+def _rectifies(outer: Any) -> bool:
+    return not isinstance(outer, nn.Module) or pairs.rectifier_name(outer) is not None
+
+
+def _pair(
+    outer: Any,
+    rest: tuple[Any, ...],
+    options: dict[str, Any],
+    inner: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not isinstance(outer, nn.Module):
+        return pairs.call_function_pair(outer, rest, options, inner, *args, **kwargs)
+    if rest or options:
+        return outer(inner(*args, **kwargs), *rest, **options)
+    return pairs.call_pair(outer, inner, *args, **kwargs)
 
 
 class _Mangle(ast.NodeTransformer):
@@ -189,7 +214,10 @@ def _assigned(statement: ast.stmt) -> str | None:
 
 
 class _Pair(ast.NodeTransformer):
-    """`outer(inner(a, k=b), r, s=t)` becomes `helper(outer, inner, (r,), {"s": t}, a, k=b)`."""
+    """`outer(inner(a, k=b), r, s=t)` becomes `helper(((outer, (r,), {"s": t}),), inner, a, k=b)`.
+
+    A call around a helper's call joins its steps, so the second pair of `act(head(down(x)))` is seen as well.
+    """
 
     def __init__(self, forward: types.FunctionType, places: list[Place]) -> None:
         self.forward, self.places = forward, places
@@ -201,27 +229,31 @@ class _Pair(ast.NodeTransformer):
         if not (node.args and isinstance(node.args[0], ast.Call)):
             return node
         inner = node.args[0]
-        if not (self._may_rectify(node) and _may_be_module(inner.func)):
+        if not (self._may_rectify(node) and _may_be_module(_callee(inner))):
             return node
         simple = [*node.args[1:], *(k.value for k in node.keywords)]
         if any(isinstance(n, (ast.Call, ast.NamedExpr, ast.Starred)) for s in simple for n in ast.walk(s)):
             return node
         if any(k.arg is None for k in node.keywords):
             return node
-        self.places.append(Place(ast.unparse(node.func), ast.unparse(inner.func)))
         options = ast.Dict([ast.Constant(k.arg) for k in node.keywords], [k.value for k in node.keywords])
-        rest = ast.Tuple(list(node.args[1:]), ast.Load())
-        arguments = [node.func, inner.func, rest, options, *inner.args]
-        new = ast.Call(ast.Name(_HELPER, ast.Load()), arguments, inner.keywords)
-        return ast.copy_location(new, node)
+        return self._around(node, inner, ast.unparse(node.func), [node.func, _tuple(node.args[1:]), options])
 
     def _method(self, node: ast.Call, name: str, inner: ast.Call) -> ast.AST:
         """`inner(a, k=b).relu_()`"""
-        if name not in pairs.METHODS or node.args or node.keywords or not _may_be_module(inner.func):
+        if name not in pairs.METHODS or node.args or node.keywords or not _may_be_module(_callee(inner)):
             return node
-        self.places.append(Place(repr(name), ast.unparse(inner.func)))
-        arguments = [ast.Constant(name), inner.func, ast.Tuple([], ast.Load()), ast.Dict([], []), *inner.args]
-        return ast.copy_location(ast.Call(ast.Name(_HELPER, ast.Load()), arguments, inner.keywords), node)
+        return self._around(node, inner, repr(name), [ast.Constant(name), _tuple([]), ast.Dict([], [])])
+
+    def _around(self, node: ast.Call, inner: ast.Call, outer: str, step: list[ast.expr]) -> ast.AST:
+        """The helper's call for ``step`` on the result of ``inner``, which may be such a call already."""
+        self.places.append(Place(outer, ast.unparse(_callee(inner))))
+        if _is_name(inner.func, _HELPER):
+            steps, arguments = inner.args[0].elts, inner.args[1:]  # type: ignore[attr-defined]
+        else:
+            steps, arguments = [], [inner.func, *inner.args]
+        new = ast.Call(ast.Name(_HELPER, ast.Load()), [_tuple([_tuple(step), *steps]), *arguments], inner.keywords)
+        return ast.copy_location(new, node)
 
     def _may_rectify(self, node: ast.Call) -> bool:
         if _root(node.func) == "self" and isinstance(node.func, (ast.Attribute, ast.Subscript)):
@@ -231,9 +263,18 @@ class _Pair(ast.NodeTransformer):
         return isinstance(node.func, ast.Name) and node.func.id in self.forward.__code__.co_varnames
 
 
+def _callee(call: ast.Call) -> ast.expr:
+    """What is called last; of a helper's call, its outermost step."""
+    return call.args[0].elts[0].elts[0] if _is_name(call.func, _HELPER) else call.func  # type: ignore[attr-defined,no-any-return]
+
+
+def _tuple(elements: list[Any]) -> ast.Tuple:
+    return ast.Tuple(elements, ast.Load())
+
+
 def _may_be_module(node: ast.expr) -> bool:
     root = _root(node)
-    return root is not None and root not in ("super", "torch", "F", "nn", _HELPER)
+    return root is not None and root not in ("super", "torch", "F", "nn")
 
 
 def _root(node: ast.expr) -> str | None:

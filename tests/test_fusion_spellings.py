@@ -46,6 +46,17 @@ class TwoNames(Base):
         return y + x
 
 
+class Chain(Base):
+    """The pair is not the innermost one, and a module that is neither follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.act(self.conv(self.first(x))))
+
+
 class Dictionary(nn.Module):
     def __init__(self):
         super().__init__()
@@ -111,6 +122,7 @@ FUSED = {
     Private: 1,
     OutputSize: 1,
     Circular: 1,
+    Chain: 1,
     Zipped: 2,
     functools.partial(Subclassed, nn.Conv2d(3, 3, 1), OwnReLU()): 1,
 }
