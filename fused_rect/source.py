@@ -265,7 +265,7 @@ class _Pair(ast.NodeTransformer):
 
 def _callee(call: ast.Call) -> ast.expr:
     """What is called last; of a helper's call, its outermost step."""
-    return call.args[0].elts[0].elts[0] if _is_name(call.func, _HELPER) else call.func  # type: ignore[attr-defined,no-any-return]
+    return call.args[0].elts[0].elts[0] if _is_name(call.func, _HELPER) else call.func  # type: ignore[attr-defined]
 
 
 def _tuple(elements: list[Any]) -> ast.Tuple:
