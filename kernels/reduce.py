@@ -40,6 +40,6 @@ def finish(
         j = tl.arange(0, V)[:, None]
         mine = ((tail_at + j) // inner % channels == c[None, :]) & (j < tail)
         total += tl.sum(tl.load(tails + j * SUMS + which, mask=mine, other=0), axis=0)
-    tl.store(first + c, total.to(first.dtype.element_ty), mask=(c < channels) & (which == 0))
+    tl.store(first + c, total.to(first.dtype.element_ty), mask=c < tl.where(which == 0, channels, 0))
     if SUMS == 2:
-        tl.store(second + c, total.to(second.dtype.element_ty), mask=(c < channels) & (which == 1))
+        tl.store(second + c, total.to(second.dtype.element_ty), mask=c < tl.where(which == 1, channels, 0))

@@ -135,7 +135,7 @@ MUTANTS = [
         "chunks * copies * touched - SLOTS, SLOTS)",
     ),
     Mutant(REDUCE, "the tail's last element left out", "& (j < tail)", "& (j < tail - 1)"),
-    Mutant(REDUCE, "grad_bias for grad_weight", "& (which == 1)", "& (which == 0)"),
+    Mutant(REDUCE, "grad_bias for grad_weight", "tl.where(which == 1", "tl.where(which == 0"),
     Mutant(REDUCE, "the tail of the other sum", "tails + j * SUMS + which", "tails + j * SUMS"),
     Mutant(
         REDUCE,
