@@ -73,7 +73,7 @@ def _is_negative(z, RULE: tl.constexpr):
 @triton.jit
 def _rectify(z, slope, RULE: tl.constexpr):
     if RULE == "relu":
-        return tl.where(_is_negative(z, RULE), 0.0, z)
+        return tl.where(z < 0, 0.0, z)  # not z <= 0: -0.0 stays -0.0, as in torch
     else:
         return tl.where(_is_negative(z, RULE), z * slope, z)
 

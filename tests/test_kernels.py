@@ -300,6 +300,14 @@ def test_in_place_is_the_same(rule):
     assert same(case.input, out) and case.margins_survive()
 
 
+@pytest.mark.parametrize("rule", ["relu", "leaky_relu", "prelu", "rrelu"])
+def test_minus_zero_keeps_its_sign(rule):
+    case = Case((2, 3, 11), (0, 1, 2), torch.float32, (rule, 0.125, 0.25))
+    case.bias, case.weight = None, None if case.weight is None else case.weight.abs()
+    case.input.fill_(-0.0)
+    assert case.forward(launch).signbit().all()
+
+
 def test_sums_repeat_bit_for_bit():
     case = Case((8, 7, 13, 5), (0, 1, 2, 3), torch.float32, ("prelu", 0.0, 0.0))
     first = case.backward(launch, case.input)
