@@ -66,6 +66,9 @@ class Runs:
     def __reduce__(self):
         return self.call
 
+    def __repr__(self):  # a test's name, which must be the same in every process
+        return f"Runs({self.call[0].__name__})"
+
 
 @pytest.mark.parametrize(
     "value",
