@@ -300,7 +300,17 @@ def test_in_place_is_the_same(rule):
     assert same(case.input, out) and case.margins_survive()
 
 
-@pytest.mark.parametrize("rule", ["relu", "leaky_relu", "prelu", "rrelu"])
+def test_an_infinite_slope_reaches_no_sum_of_positive_elements():
+    """Rows and tiles are ragged here: lanes without an element share the channel of the last ones."""
+    case = Case((3, 5, 7), (0, 1, 2), torch.float32, ("prelu", 0.0, 0.0))
+    case.input.abs_().add_(10)
+    case.weight.fill_(math.inf)
+    grad_input, grad_bias, grad_weight = case.backward(launch, case.input)
+    assert torch.equal(grad_input, case.grad) and not grad_weight.any()
+    torch.testing.assert_close(grad_bias, case.grad.sum((0, 2)))
+
+
+@pytest.mark.parametrize("rule", ["leaky_relu", "prelu", "rrelu"])
 def test_minus_zero_keeps_its_sign(rule):
     case = Case((2, 3, 11), (0, 1, 2), torch.float32, (rule, 0.125, 0.25))
     case.bias, case.weight = None, None if case.weight is None else case.weight.abs()
