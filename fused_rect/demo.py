@@ -278,8 +278,9 @@ def _positive(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """0 where fused and eager losses agree within TOLERANCE all the way, else 1."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     data = digits(device, options.seed)
     console = Console()
     versions = f"fused_rect {__version__}, torch {torch.__version__}"

@@ -73,7 +73,7 @@ def _is_negative(z, RULE: tl.constexpr):
 @triton.jit
 def _rectify(z, slope, RULE: tl.constexpr):
     if RULE == "relu":
-        # One `max` instruction. It makes +0.0 of -0.0, which CPU torch keeps; z < 0 would too, for two instructions more.
+        # One `max` instruction. It makes +0.0 of -0.0, which CPU torch keeps, as z < 0 would for two instructions more.
         return tl.where(_is_negative(z, RULE), 0.0, z)
     else:
         return tl.where(_is_negative(z, RULE), z * slope, z)

@@ -138,6 +138,7 @@ def test_the_report_as_markdown():
 
 
 def test_results_are_written_and_failures_are_the_exit_status(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main unsets it, which other tests must not see
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "machine", lambda: {"GPU": "none", "capability": "sm_90"})
     outcomes = {name: (lambda: {"ok": True}) for name in gpu_check.STEPS}
