@@ -122,7 +122,7 @@ def _counted(vector, FAR: tl.constexpr):
 @triton.jit
 def _tail(vectors, tail, tail_at, V: tl.constexpr, WIDE: tl.constexpr):
     """The last elements, which fill no vector: (their vector, its first element's place in the row, mask)."""
-    vector = vectors.to(tl.int64) + tl.zeros((1, 1, 1, 1), tl.int64)
+    vector = tl.zeros((1, 1, 1, 1), tl.int64) + vectors  # Triton makes a constant of a count of 1: no vectors.to()
     first = tail_at + tl.zeros((1, 1, 1, 1), tl.int64 if WIDE else tl.int32)
     return vector, _unsigned(first, WIDE), tl.arange(0, V)[None, None, None, :] < tail
 

@@ -81,6 +81,10 @@ def count(shape, layout, rule, dtype, backward):
     )
 
 
+# Budgets are sm_90's; the same kernels take more instructions for sm_80 (RReLU's backward: 31.9 an element).
+ELSEWHERE = {80: {"forward": 1.1, "backward": 1.3}}
+
+
 @pytest.fixture(autouse=True)
 def _count_sectors(monkeypatch):
     monkeypatch.setattr(machine.config, "track_unique", True)
@@ -93,6 +97,7 @@ def check(shape, layout, rule, backward, dtype=torch.bfloat16):
     print(f"\n{shape} {layout} {dtype} {rule} {direction}: {instructions:.1f} instructions, {sectors:.3f} sectors, "
           f"{sass.registers} registers", end="")  # fmt: skip
     allowed = budget(shape)[rule][backward] * (1 if dtype.itemsize == 2 else 1.5)
+    allowed *= ELSEWHERE.get(triton.runtime.driver.active.get_current_target().arch, {}).get(direction, 1)
     assert instructions <= allowed, f"{instructions:.1f} instructions an element, {allowed} allowed"
     few = shape == (256, 4099) and dtype.itemsize == 2
     assert sectors <= (1.10 if few else 1.06 if backward else 1.01)

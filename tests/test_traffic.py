@@ -71,6 +71,11 @@ def test_profiler_is_told_the_same(rule, dtype):
         assert told == {"name": f"fused_rect_{direction}_{rule}", "bytes": expected.bytes, flops: expected.flops}
 
 
+def _known(attributes):
+    """Some versions list the arguments of which nothing is known, too."""
+    return {argument: what for argument, what in attributes.items() if what}
+
+
 @pytest.mark.ptx
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 5, 7, 9), (1, 3, 40, 40)])
@@ -96,4 +101,4 @@ def test_variants_are_what_a_launch_compiles(shape, layout, monkeypatch):
         source = variant.source()
         assert compiled.src.signature == source.signature
         assert compiled.src.constants == source.constants
-        assert compiled.src.attrs == source.attrs
+        assert _known(compiled.src.attrs) == _known(source.attrs)
