@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tail_at"])
 def finish(
     partials, tails, first, second, channels, inner, copies, chunks, entries, stride, touched, tail, tail_at,
     UNIT: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr,
