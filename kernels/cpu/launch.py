@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...rectifiers import saves_output
 from . import build
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -64,7 +65,7 @@ def backward(
     if need_weight:
         assert weight is not None
         grad_weight = torch.empty_like(weight)
-    if (lower >= 0 and rule != "prelu") or rule == "rrelu_divisor":
+    if saves_output(rule, lower):
         bias = None  # what is saved is the output, whose sign tells the side
     _run(saved, grad, grad_input, bias, weight, seed, grad_bias, grad_weight, rule, lower, upper, need_bias)
     return grad_bias, grad_weight
