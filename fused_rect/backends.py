@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,12 +46,12 @@ def backend(name: str) -> Iterator[None]:
     """
     global _chosen
     previous, _chosen = _chosen, _checked(name, "backend name")
-    _module.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _chosen = previous
-        _module.cache_clear()
+        _forget()
 
 
 def name(device: torch.device | str) -> str:
@@ -67,6 +68,18 @@ def why(device: torch.device | str) -> str:
 def resolve(device_type: str) -> ModuleType:
     """The module whose ``forward`` and ``backward`` serve tensors of ``device_type`` ("cpu", "cuda", ...)."""
     return _module(device_type)
+
+
+@functools.cache
+def direct() -> Any:
+    """The ops for CPU tensors without Python in between, where the native path serves those and they are built."""
+    cpu = resolve("cpu")
+    return cpu.direct() if cpu.__name__ == _MODULES["native"] else None
+
+
+def _forget() -> None:
+    _module.cache_clear()
+    direct.cache_clear()
 
 
 @functools.cache

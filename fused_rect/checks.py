@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
 
+from .rectifiers import RANDOM
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 
@@ -30,7 +32,7 @@ def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tenso
         _check_companion("bias", bias, input)
     if rectifier == "prelu":
         _check_weight(weight, input)
-    elif rectifier in ("rrelu", "rrelu_divisor"):
+    elif rectifier in RANDOM:
         _check_seed(seed, input)
     elif rectifier not in ("relu", "leaky_relu"):
         raise ValueError(

@@ -50,6 +50,7 @@ def report() -> dict[str, Any]:
         "triton": _version("triton"),
         "devices": _devices(),
         "paths": {device: backends.why(device) for device in ("cpu", *_accelerators())},
+        "cpu calls": _calls(),
         "compiler": _compiler(),
         "cache": _cache(),
         "cpu features": torch.backends.cpu.get_cpu_capability(),
@@ -78,6 +79,14 @@ def _devices() -> dict[str, str]:
             name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
             names[f"{kind}:{index}"] = name
     return names
+
+
+def _calls() -> str:
+    if backends.name("cpu") != "native":
+        return "Python"
+    from .kernels import cpu
+
+    return cpu.calls()
 
 
 def _compiler() -> str:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, rectifiers
-from .random import new_seed
 from .tracing import leaf
 
 _RELU = ("relu", 0.0, 0.0)
@@ -87,8 +86,7 @@ def bias_rrelu(
     slopes on every device and path. Nothing but the output and the seed is kept for backward where the slopes are >= 0.
     Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0.
     """
-    rule, seed = random_rule(input, lower, upper, training, law, seed)
-    return _rectify(input, bias, None, seed, rule)
+    return _rectify(input, bias, None, seed, random_rule(lower, upper, training, law))
 
 
 @leaf
@@ -103,11 +101,10 @@ def bias_rrelu_(
     seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`bias_rrelu` in place on ``input``."""
-    rule, seed = random_rule(input, lower, upper, training, law, seed)
-    return _rectify_(input, bias, None, seed, rule)
+    return _rectify_(input, bias, None, seed, random_rule(lower, upper, training, law))
 
 
-def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
+def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, rule: Rule, seed: Tensor | None = None) -> Tensor:
     """Rectify a convolution output that nobody else holds: over it, unless backward will read it (PReLU).
 
     Exported programs and DTensors get the op without mutation: a clean node there, a sharding rule here.
@@ -118,14 +115,10 @@ def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor
     return _rectify(z, bias, weight, seed, rule)
 
 
-def random_rule(
-    input: Tensor, lower: float | None, upper: float | None, training: bool, law: str, seed: Tensor | None
-) -> tuple[Rule, Tensor | None]:
-    """RReLU's rule and seed: random in training, in evaluation the Leaky ReLU at the midpoint (no seed)."""
+def random_rule(lower: float | None, upper: float | None, training: bool, law: str) -> Rule:
+    """RReLU's rule: random in training, in evaluation the Leaky ReLU at the midpoint."""
     rrelu = rectifiers.rrelu(lower, upper, law)
-    if not training:
-        return _leaky(rrelu.evaluation().negative_slope), None
-    return (rrelu.op, rrelu.lower, rrelu.upper), new_seed(input.device) if seed is None else seed
+    return (rrelu.op, rrelu.lower, rrelu.upper) if training else _leaky(rrelu.evaluation().negative_slope)
 
 
 def _leaky(negative_slope: float) -> Rule:
@@ -134,26 +127,24 @@ def _leaky(negative_slope: float) -> Rule:
 
 def _rectify(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
     _check_dtypes(input, bias, weight)
-    out: Tensor = ops.rectify(input, bias, weight, seed, *rule)
-    return out
+    return ops.run(input, bias, weight, seed, *rule)
 
 
 def _rectify_(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
     _check_dtypes(input, bias, weight)
-    ops.rectify_(input, bias, weight, seed, *rule)
+    ops.run_(input, bias, weight, seed, *rule)
     return input
 
 
-def _check_dtypes(input: Tensor, *parameters: Tensor | None) -> None:
+def _check_dtypes(input: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:
     """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
-    for name, parameter in zip(("bias", "weight"), parameters):
-        if parameter is None or parameter.dtype == input.dtype:
+    for name, parameter in (("bias", bias), ("weight", weight)):
+        if parameter is None or parameter.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
             continue
-        if not torch.is_autocast_enabled(input.device.type):
-            raise RuntimeError(
-                f"{name} must have the dtype of input ({input.dtype}), got {parameter.dtype}; "
-                f"convert it with {name}.to(input.dtype), or run under torch.autocast"
-            )
+        raise RuntimeError(
+            f"{name} must have the dtype of input ({input.dtype}), got {parameter.dtype}; "
+            f"convert it with {name}.to(input.dtype), or run under torch.autocast"
+        )
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -177,7 +168,7 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
     """
 
     def relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, None, _RELU))
+        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, _RELU))
 
     def leaky_relu(
         input: Tensor,
@@ -188,13 +179,13 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
         **kwargs: Any,
     ) -> Tensor:
         rule = _leaky(negative_slope)
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, None, rule))
+        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, rule))
 
     def prelu(
         input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, slope: Tensor, **kwargs: Any
     ) -> Tensor:
         slope = _slope_tensor(slope)
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, slope, None, _PRELU))
+        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, slope, _PRELU))
 
     def rrelu(
         input: Tensor,
@@ -208,8 +199,8 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
         seed: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        rule, seed = random_rule(input, lower, upper, training, law, seed)
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, seed, rule))
+        rule = random_rule(lower, upper, training, law)
+        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, rule, seed))
 
     functions = (relu, leaky_relu, prelu, rrelu)
     for function in functions:

@@ -48,18 +48,17 @@ class RReLU(nn.RReLU):
         return f"{super().extra_repr()}, law={self.law!r}"
 
 
-def epilogue_arguments(activation: nn.Module, input: Tensor) -> tuple[Tensor | None, Tensor | None, Rule]:
-    """(weight, seed, rule) of one call of ``activation``. Raises TypeError for a module that is no rectifier."""
+def epilogue_arguments(activation: nn.Module) -> tuple[Tensor | None, Rule]:
+    """(weight, rule) of one call of ``activation``. Raises TypeError for a module that is no rectifier."""
     if isinstance(activation, nn.ReLU):
-        return None, None, ("relu", 0.0, 0.0)
+        return None, ("relu", 0.0, 0.0)
     if isinstance(activation, nn.LeakyReLU):
-        return None, None, ("leaky_relu", activation.negative_slope, activation.negative_slope)
+        return None, ("leaky_relu", activation.negative_slope, activation.negative_slope)
     if isinstance(activation, nn.PReLU):
-        return activation.weight, None, ("prelu", 0.0, 0.0)
+        return activation.weight, ("prelu", 0.0, 0.0)
     if isinstance(activation, nn.RReLU):
         law = getattr(activation, "law", "slope")
-        rule, seed = functional.random_rule(input, activation.lower, activation.upper, activation.training, law, None)
-        return None, seed, rule
+        return None, functional.random_rule(activation.lower, activation.upper, activation.training, law)
     raise TypeError(f"activation must be ReLU, LeakyReLU, PReLU or RReLU, got {type(activation).__name__}")
 
 
@@ -82,9 +81,9 @@ class Fused(nn.Sequential):
             return leaf_module(self, input, *(() if output_size is None else (output_size,)))
         linear_map, activation = self._modules["0"], self._modules["1"]
         assert linear_map is not None and activation is not None
-        weight, seed, rule = epilogue_arguments(activation, input)
+        weight, rule = epilogue_arguments(activation)
         bias = linear_map.bias
-        return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule), output_size)  # type: ignore[arg-type]
+        return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, rule), output_size)  # type: ignore[arg-type]
 
 
 def map_then(linear_map: nn.Module, input: Tensor, then: Any, output_size: list[int] | None = None) -> Tensor:

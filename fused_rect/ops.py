@@ -21,7 +21,8 @@ from torch.autograd.function import _SingleLevelFunction
 from . import backends
 from .checks import check, check_grad, check_in_place, dense, laid_out_as, packed
 from .derivatives import backward_jvp, double_backward, forward_jvp
-from .rectifiers import saves_output
+from .random import new_seed
+from .rectifiers import RANDOM, saves_output
 
 Maybe = Tensor | None
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -70,17 +71,20 @@ def _rectify_in_place(
 ) -> None:
     check(input, bias, weight, seed, rectifier)
     check_in_place(input)
-    # A parameter that is a view of the input would change while it is read.
-    bias, weight = (
-        p.clone(memory_format=torch.contiguous_format) if p is not None and torch._C._overlaps(p, input) else packed(p)
-        for p in (bias, weight)
-    )
+    bias, weight = _apart(bias, input), _apart(weight, input)
     if input.numel():
         out = dense(input)
         backends.resolve(input.device.type).forward(out, bias, weight, seed, rectifier, lower, upper, out)
         if out is not input:
             input.copy_(out)
     torch.autograd.graph.increment_version(input)
+
+
+def _apart(parameter: Maybe, input: Tensor) -> Maybe:
+    """``parameter`` packed; a copy where it is a view of ``input``, since it would change while it is read."""
+    if parameter is not None and torch._C._overlaps(parameter, input):
+        return parameter.clone(memory_format=torch.contiguous_format)
+    return packed(parameter)
 
 
 def _rectify_in_place_fake(
@@ -155,7 +159,10 @@ def _below_autograd(op: Any, *args: Any) -> Any:
     """
     if not torch._C._are_functorch_transforms_active():
         with torch._C._AutoDispatchBelowAutograd():
-            if torch._C._len_torch_dispatch_stack() == 0 and torch._C._dispatch_keys(args[0]) == _ORDINARY:
+            tensors = (t for t in args if isinstance(t, Tensor))
+            if torch._C._len_torch_dispatch_stack() == 0 and all(
+                torch._C._dispatch_keys(t) == _ORDINARY for t in tensors
+            ):
                 return _KERNELS[op](*args)
             return op(*args)
     # Outer functorch levels must see a differentiable call: without these, grad(grad(f)) is silently wrong.
@@ -277,6 +284,51 @@ def _rectify_backward_autograd(grad: Tensor, saved: Tensor, bias: Maybe, weight:
     if _no_derivative_wanted(grad, saved, bias, weight):
         return _below_autograd(rectify_backward, grad, saved, bias, weight, *rest)
     return _apply(_RectifyBackward, grad, saved, bias, weight, *rest)
+
+
+# ---- what layers and functionals call ----
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _direct(*tensors: Maybe) -> Any:
+    """The ops in C++ (kernels/cpu/direct.cpp) for tensors of no subclass where nothing listens, else None.
+
+    Who listens: the compiler, forward-mode AD, function transforms, modes, the tracer and the profiler. They see the
+    ops above; a dispatch to those costs a small rectifier several times its work.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    ):
+        return None
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return None
+    return backends.direct()
+
+
+def run(input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> Tensor:
+    """The op `rectify`, by the shortest way there is, with a seed drawn where a random rule comes without."""
+    direct = _direct(input, bias, weight, seed) if input.is_cpu else None
+    out: Maybe = None if direct is None else direct.rectify(input, bias, weight, seed, *rule)
+    return rectify(input, bias, weight, _drawn(seed, input, rule), *rule) if out is None else out
+
+
+def run_(input: Tensor, bias: Maybe, weight: Maybe, seed: Maybe, *rule: Any) -> None:
+    """The same for `rectify_`."""
+    direct = _direct(input, bias, weight, seed) if input.is_cpu else None
+    if direct is None or not direct.rectify_(input, bias, weight, seed, *rule):
+        rectify_(input, bias, weight, _drawn(seed, input, rule), *rule)
+
+
+def _drawn(seed: Maybe, input: Tensor, rule: tuple[Any, ...]) -> Maybe:
+    return new_seed(input.device) if seed is None and rule[0] in RANDOM else seed
 
 
 _KERNELS: dict[Any, Callable[..., Any]] = {

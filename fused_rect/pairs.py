@@ -100,9 +100,9 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
     input = args[0]
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
-    weight, seed, rule = epilogue_arguments(activation, input)
+    weight, rule = epilogue_arguments(activation)
     bias: Any = linear_map.bias
-    return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, seed, rule), size)
+    return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, rule), size)
 
 
 def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> bool:
@@ -134,7 +134,7 @@ def call_function_pair(
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
     bias: Any = linear_map.bias
-    return map_then(linear_map, args[0], lambda z: functional.epilogue(z, bias, None, None, rectifier))
+    return map_then(linear_map, args[0], lambda z: functional.epilogue(z, bias, None, rectifier))
 
 
 _PROBE = nn.ReLU()  # a rectifier without hooks: leaves the linear map's own obstacles
@@ -178,6 +178,6 @@ def call_normalized(activation: nn.Module, norm: Any, linear_map: Any, input: An
     if norm.bias is not None:
         bias = bias + norm.bias
     kernel = linear_map.weight * scale.view(-1, *[1] * (linear_map.weight.dim() - 1))
-    slope, seed, rule = epilogue_arguments(activation, input)
+    slope, rule = epilogue_arguments(activation)
     z = linear_map._conv_forward(input, kernel, None)
-    return functional.epilogue(z, bias, slope, seed, rule)
+    return functional.epilogue(z, bias, slope, rule)

@@ -24,6 +24,9 @@ Law = Literal["slope", "divisor"]
 DEFAULT_BOUNDS: dict[str, tuple[float, float]] = {"slope": (1 / 8, 1 / 3), "divisor": (3.0, 8.0)}
 
 
+RANDOM = ("rrelu", "rrelu_divisor")
+
+
 @dataclass(frozen=True)
 class ReLU:
     op: str = "relu"

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from ..rectifiers import saves_output
+from ..rectifiers import RANDOM, saves_output
 from . import rectify, reduce
 from .plan import Plan, channel_layout, plan
 
@@ -176,7 +176,7 @@ def _plan(shape: Shape, stride: Shape, dtype: torch.dtype, by_channel: bool) -> 
 
 def _numbers(p: Plan, rule: str, lower: float, upper: float) -> tuple[int, ...]:
     """The slope of the fixed rules, or scale and middle of the random ones, as bits of float64; then the shape."""
-    if rule in ("rrelu", "rrelu_divisor"):
+    if rule in RANDOM:
         lower, upper = (upper - lower) * 2.0**-32, (upper + lower) / 2
     bits = struct.unpack("2q", struct.pack("2d", lower, upper))
     return *bits, p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.tail_at

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..rectifiers import saves_output
+from ..rectifiers import RANDOM, saves_output
 
-RANDOM = ("rrelu", "rrelu_divisor")
 SEED = 8
 # Floating-point operations an element beyond the bias's addition: the comparison, and the slope's product. A random
 # slope is one fma of its word; the divisor law divides too. Philox is integer work and counts as none.

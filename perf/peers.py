@@ -176,8 +176,8 @@ def _epilogue_calls(
 
 
 def _fused_epilogue(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
-    weight, seed, rule = fr.nn.epilogue_arguments(activation, z)
-    return fr.ops.rectify(z, bias, weight, seed, *rule)  # type: ignore[no-any-return]
+    weight, rule = fr.nn.epilogue_arguments(activation)
+    return fr.ops.run(z, bias, weight, None, *rule)
 
 
 def _onednn(spec: Layer, convolution: Any, activation: Any, x: Tensor, mode: str) -> Call | str:
@@ -200,7 +200,7 @@ def _onednn(spec: Layer, convolution: Any, activation: Any, x: Tensor, mode: str
 
 
 def _fixed_slope(activation: Any) -> float:
-    slope: float = fr.nn.epilogue_arguments(activation, torch.empty(0))[2][1]
+    slope: float = fr.nn.epilogue_arguments(activation)[1][1]
     return slope
 
 

@@ -19,6 +19,7 @@ class Mutant:
 
 PHILOX, RECTIFY, REDUCE = "kernels/philox.py", "kernels/rectify.py", "kernels/reduce.py"
 PLAN, LAUNCH, NATIVE, EAGER = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp", "fused_rect/eager.py"
+DIRECT = "kernels/cpu/direct.cpp"
 
 # The tests that run first for a file; where all of them pass, REST decides.
 FOCUSED = {
@@ -28,9 +29,10 @@ FOCUSED = {
     PLAN: ["tests/test_plan.py"],
     LAUNCH: ["tests/test_kernels.py"],
     NATIVE: ["tests/test_native.py"],
+    DIRECT: ["tests/test_direct.py"],
     EAGER: ["tests/test_kernels.py"],
 }
-REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "addresses", "gpu_check")]
+REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "direct", "addresses", "gpu_check")]
 
 MUTANTS = [
     # ---- random slopes
@@ -201,6 +203,20 @@ MUTANTS = [
         "step(count - W, last_value, last_grad, out + count - W, &live);",
         "step(count - W, E::read(value + count - W), BACK ? E::read(grad + count - W) : V{}, out + count - W, &live);",
     ),
+    # ---- the ops in C++
+    Mutant(DIRECT, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),
+    Mutant(DIRECT, "negated parameters as they lie", "  return plain(parameter) && ", "  return "),
+    Mutant(DIRECT, "tensors with gaps", " || !value.is_non_overlapping_and_dense()) return {};", ") return {};"),
+    Mutant(DIRECT, "a bias of another length", " || bias.size(0) != channels ||", " ||"),
+    Mutant(DIRECT, "no bump of the version", "input.unsafeGetTensorImpl()->bump_version();", ";"),
+    Mutant(DIRECT, "a parameter inside the input", "parameter.defined() && parameter.is_alias_of(input)", "false"),
+    Mutant(DIRECT, "the weight's edge where a bias was", "needs_input_grad(1 + bias.defined())", "needs_input_grad(1)"),
+    Mutant(DIRECT, "the input saved for the output", "from_output ? out : input", "input"),
+    Mutant(DIRECT, "backward adds the bias to the output", "if (law.saves_output()) c.bias = nullptr;", ""),
+    Mutant(DIRECT, "second derivatives lost", "if (alike && !at::GradMode::is_enabled() &&", "if (alike &&"),
+    Mutant(DIRECT, "strides of the gradient ignored", " && grad.strides() == saved.strides();", ";"),
+    Mutant(DIRECT, "a leaf overwritten", " || (input.is_leaf() && input.requires_grad())", ""),
+    Mutant(DIRECT, "a seed drawn though one is given", "seed_ || law.rule != rrelu ? seed_ :", "law.rule != rrelu ? seed_ :"),
     # ---- the eager path
     Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(z > 0, 0)", "masked_fill_(z < 0, 0)"),
     Mutant(

@@ -310,6 +310,15 @@ def test_an_infinite_slope_reaches_no_sum_of_positive_elements():
     torch.testing.assert_close(grad_bias, case.grad.sum((0, 2)))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])
+def test_one_slope_for_many_channels(order, bias):
+    case = Case((3, 5, 70), order, torch.float32, ("prelu", 0.0, 0.0), bias, per_channel=False)
+    _, _, grad_weight = case.backward(launch, case.input)
+    z = reference.add_bias(case.input, case.bias)
+    assert grad_weight.shape == (1,) and sums_to(grad_weight, torch.where(z > 0, 0.0, case.grad * z))
+
+
 @pytest.mark.parametrize("rule", ["leaky_relu", "prelu", "rrelu"])
 def test_minus_zero_keeps_its_sign(rule):
     case = Case((2, 3, 11), (0, 1, 2), torch.float32, (rule, 0.125, 0.25))

@@ -24,10 +24,10 @@ def variant(request):
     """The kernels as built for each instruction set up to the machine's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-        build._outcome.cache_clear()
+        build._outcomes.cache_clear()
         launch._kernel.cache_clear()
         yield request.param
-    build._outcome.cache_clear()
+    build._outcomes.cache_clear()
     launch._kernel.cache_clear()
 
 
@@ -171,6 +171,15 @@ def test_bits_do_not_depend_on_threads(variant, rule, shape):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 3), (1, 2, 1031), (3, 2, 17)])
+def test_lanes_past_the_end_reach_no_sum(variant, shape):
+    """They would take the negative side, where an infinite slope makes 0 * inf of their absent gradient."""
+    x, grad, bias = torch.full(shape, 10.0), torch.ones(shape), torch.full(shape[1:2], -0.5)
+    weight = torch.full_like(bias, math.inf)
+    sums = cpu.backward(grad, x, bias, weight, None, "prelu", 0.0, 0.0, torch.empty_like(x), True, True)
+    assert torch.equal(sums[0], torch.full_like(bias, x.numel() / shape[1])) and not sums[1].any()
 
 
 def test_neighbours_are_not_written(variant):

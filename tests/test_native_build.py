@@ -30,9 +30,9 @@ def fresh(tmp_path, monkeypatch):
 
 
 def clear():
-    build._outcome.cache_clear()
+    build._outcomes.cache_clear()
     launch._kernel.cache_clear()
-    fr.backends._module.cache_clear()
+    fr.backends._forget()
     fr.backends._warn_once.cache_clear()
 
 
@@ -41,7 +41,7 @@ def small_source(tmp_path, monkeypatch):
     """A source that compiles at once, where the kernels themselves do not matter."""
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCES", {build.KERNELS: source})
     return source
 
 
@@ -66,7 +66,7 @@ def test_built_once_privately_then_loaded(fresh, small_source):
     built = library.stat().st_mtime_ns
     clear()
     assert build.library().answer() == 42 and library.stat().st_mtime_ns == built
-    assert sorted(p.name for p in fresh.iterdir()) == ["lock", library.name]
+    assert sorted(p.name for p in fresh.iterdir()) == [library.name, "rectify.lock"]
 
 
 @needs_compiler
@@ -76,7 +76,7 @@ def test_what_makes_the_library_names_it(fresh, small_source, monkeypatch, chang
     if changed == "source":
         small_source.write_text('extern "C" int answer() { return 43; }\n')
     elif changed == "flags":
-        monkeypatch.setattr(build, "flags", lambda: (*build.FLAGS, "-O1"))
+        monkeypatch.setattr(build, "flags", lambda part: (*build.FLAGS, "-O1"))
     else:
         monkeypatch.setattr(build, "version", lambda command: "another compiler 1.0")
     assert build._target() != first
@@ -170,8 +170,8 @@ def test_several_processes_compile_once(tmp_path):
     """Each says when it compiles; all load the same file."""
     code = (
         "from fused_rect.kernels.cpu import build; from pathlib import Path\n"
-        f"build.SOURCE = Path({str(tmp_path / 'small.cpp')!r}); compile = build._compile\n"
-        "build._compile = lambda path: (print('compiles'), compile(path))\n"
+        f"build.SOURCES = {{build.KERNELS: Path({str(tmp_path / 'small.cpp')!r})}}; compile = build._compile\n"
+        "build._compile = lambda *args: (print('compiles'), compile(*args))\n"
         "print(build.library().answer())"
     )
     (tmp_path / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
@@ -188,7 +188,7 @@ def test_a_build_killed_half_way_is_done_again(fresh, tmp_path, small_source, mo
     slow.chmod(0o700)
     monkeypatch.setenv("CXX", str(slow))
     code = "from fused_rect.kernels.cpu import build; from pathlib import Path\n"
-    code += f"build.SOURCE = Path({str(small_source)!r}); build.library()"
+    code += f"build.SOURCES = {{build.KERNELS: Path({str(small_source)!r})}}; build.library()"
     process = python(code)
     deadline = time.monotonic() + 30
     while not list(fresh.glob("build-*/*.so")):  # the compiler has written all, but not returned

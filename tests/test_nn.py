@@ -154,7 +154,7 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match="negative_slope"):
         fr.nn.ConvReLU2d(1, 1, 1, negative_slope=0.1)
     with pytest.raises(TypeError, match="activation must be ReLU, LeakyReLU, PReLU or RReLU, got GELU"):
-        fr.nn.epilogue_arguments(nn.GELU(), torch.ones(1))
+        fr.nn.epilogue_arguments(nn.GELU())
     with pytest.raises(RuntimeError, match="weight must hold 1 or 6 values"):
         fr.nn.ConvPReLU2d(4, 6, 1, num_parameters=5)(torch.ones(1, 4, 2, 2))
 

@@ -106,11 +106,11 @@ class ConvNormRectifier(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         conv, norm, activation = self
         assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        weight, seed, rule = epilogue_arguments(activation, input)
+        weight, rule = epilogue_arguments(activation)
         if isinstance(norm, nn.SyncBatchNorm):  # it has no form without shift
-            return functional.epilogue(norm(conv(input)), None, weight, seed, rule)
+            return functional.epilogue(norm(conv(input)), None, weight, rule)
         momentum = 0.0 if norm.momentum is None else norm.momentum
         z = F.batch_norm(
             conv(input), norm.running_mean, norm.running_var, norm.weight, None, norm.training, momentum, norm.eps
         )
-        return functional.epilogue(z, norm.bias, weight, seed, rule)
+        return functional.epilogue(z, norm.bias, weight, rule)

@@ -1,6 +1,8 @@
-"""Builds rectify.cpp when the first CPU tensor asks for it, and keeps the library in the user's cache folder.
+"""Builds the C++ sources when the first CPU tensor asks for them, and keeps the libraries in the user's cache folder.
 
-The library's name is a hash of all that makes it (source, compiler, flags with the CPU's features), so nothing is ever
+rectify.cpp is the kernels; direct.cpp, compiled beside it, calls them without Python in between, and may be missing.
+
+A library's name is a hash of all that makes it (source, compiler, flags with the CPU's features), so nothing is ever
 out of date. It is compiled beside its final name and renamed: a process that is killed half-way leaves nothing that
 another would load. A folder or a library that somebody else owns or can write is not loaded.
 """
@@ -19,14 +21,21 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("rectify.cpp")
+KERNELS, DIRECT = "rectify", "direct"
+SOURCES = {part: Path(__file__).with_name(f"{part}.cpp") for part in (KERNELS, DIRECT)}
+HEADER = Path(__file__).with_name("call.h")
 # Contraction would round the sums' products differently from those that are stored, and float32 differently from eager.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 LIBRARIES = ("-ldl",)
+# Against torch's headers; -O3 would take 3 s more, for code that runs once a call.
+ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+DIRECT_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", ABI)
+DIRECT_LIBRARIES = ("-ltorch_cpu", "-lc10")
 # By torch's own detection, so that ATEN_CPU_CAPABILITY governs these kernels as it does torch's.
 FEATURES = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -42,29 +51,43 @@ class BuildError(RuntimeError):
     """Why there is no library, in words for the user."""
 
 
-def library() -> ctypes.CDLL:
-    """The loaded kernels, compiled if need be (5 to 10 s, once a machine). Raises BuildError with the reason."""
-    found = _outcome()
+def library(part: str = KERNELS) -> ctypes.CDLL:
+    """The loaded library of ``part``, compiled if need be (about 10 s, once a machine).
+
+    Raises BuildError with the reason.
+    """
+    found = _outcomes()[part]
     if isinstance(found, BuildError):
         raise found
     return found
 
 
 @functools.cache
-def _outcome() -> ctypes.CDLL | BuildError:
+def _outcomes() -> dict[str, ctypes.CDLL | BuildError]:
     """The first attempt's, for the rest of the process: a compiler that fails takes seconds to do so."""
+    with ThreadPoolExecutor(len(SOURCES)) as pool:
+        return dict(zip(SOURCES, pool.map(_attempt, SOURCES)))
+
+
+def _attempt(part: str) -> ctypes.CDLL | BuildError:
     try:
-        return _load()
+        return _load(part) if part == KERNELS else _load_once(part)
     except BuildError as error:
         return error
 
 
-def _load() -> ctypes.CDLL:
-    path = _target()
+@functools.cache
+def _load_once(part: str) -> ctypes.CDLL:
+    """A library that registers ops with torch does so once a process."""
+    return _load(part)
+
+
+def _load(part: str) -> ctypes.CDLL:
+    path = _target(part)
     if not path.exists():
-        with _one_at_a_time(path.parent):
+        with _one_at_a_time(path.parent / f"{part}.lock"):
             if not path.exists():
-                _compile(path)
+                _compile(part, path)
     _refuse_foreign(path)
     try:
         return ctypes.CDLL(str(path))
@@ -100,15 +123,28 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "fused_rect"
 
 
-def flags() -> tuple[str, ...]:
-    """All flags for this machine's CPU; NEON needs none."""
+def flags(part: str = KERNELS) -> tuple[str, ...]:
+    """All flags, the kernels' for this machine's CPU; NEON needs none."""
+    if part == DIRECT:
+        return DIRECT_FLAGS
     return *FLAGS, *FEATURES.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
-def _target() -> Path:
+def _against(part: str) -> list[str]:
+    """What ``part`` is compiled and linked against."""
+    if part == KERNELS:
+        return list(LIBRARIES)
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()] + [*DIRECT_LIBRARIES]
+
+
+def _target(part: str = KERNELS) -> Path:
     if os.name != "posix":
         raise BuildError(f"the native CPU kernels are built on Linux and macOS alone, not on {platform.system()}")
-    parts = (SOURCE.read_text(), version(compiler()), *flags(), *LIBRARIES, platform.machine())
+    sources = (SOURCES[part].read_text(), HEADER.read_text())
+    torch_build = (torch.__version__, str(torch.version.git_version)) if part == DIRECT else ()
+    parts = (*sources, version(compiler()), *flags(part), *torch_build, platform.machine())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     where = folder()
     try:
@@ -116,7 +152,7 @@ def _target() -> Path:
     except OSError as error:
         raise BuildError(f"the cache folder {where} cannot be made ({error}); {OWN_FOLDER}") from error
     _refuse_foreign(where)
-    return where / f"rectify-{key}.so"
+    return where / f"{part}-{key}.so"
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -133,20 +169,20 @@ def _refuse_foreign(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(where: Path) -> Iterator[None]:
+def _one_at_a_time(path: Path) -> Iterator[None]:
     """Several processes that start at once compile once; where there are no locks (some network folders), each does."""
     import fcntl
 
-    with open(where / "lock", "w") as lock:
+    with open(path, "w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _compile(path: Path) -> None:
+def _compile(part: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
         out = Path(scratch) / path.name
-        command = [*compiler(), *flags(), str(SOURCE), "-o", str(out), *LIBRARIES]
+        command = [*compiler(), *flags(part), str(SOURCES[part]), "-o", str(out), *_against(part)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             said = f"{shlex.join(command)}\n{done.stdout.strip()}"

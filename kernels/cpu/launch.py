@@ -9,6 +9,8 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from . import build
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # rectify.cpp's number of the rule, and whether the law draws divisors.
 RULES = {"relu": (0, 0), "leaky_relu": (1, 0), "prelu": (2, 0), "rrelu": (3, 0), "rrelu_divisor": (3, 1)}
-# struct Call of rectify.cpp: packing bytes takes 0.5 us where ctypes takes 3 us to convert 20 arguments.
+# struct Call of call.h: packing bytes takes 0.5 us where ctypes takes 3 us to convert 20 arguments.
 _pack = struct.Struct("8P4q2d6i").pack
 
 
@@ -28,6 +30,18 @@ def _kernel() -> Callable[[bytes], None]:
     function = build.library().fused_rect
     function.argtypes, function.restype = [ctypes.c_char_p], None
     return function
+
+
+def direct() -> Any:
+    """The ops of direct.cpp, or None where they could not be built."""
+    try:
+        library = build.library(build.DIRECT)
+        kernels = build.library()
+    except build.BuildError:
+        return None
+    library.fused_rect_direct(ctypes.cast(kernels.fused_rect, ctypes.c_void_p))
+    ops = torch.ops.fused_rect_direct
+    return SimpleNamespace(rectify=ops.rectify.default, rectify_=ops.rectify_.default)
 
 
 def forward(

@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "call.h"
+
 #include <dlfcn.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -109,24 +111,6 @@ template <> struct Element<fp16> : Short {
     store(p, narrow(r | sign));
   }
 #endif
-};
-
-// ---------------------------------------------------------------- what a call asks for
-
-enum Type { float32, bfloat16, float16, float64 };
-enum Rule { relu, leaky, prelu, rrelu };
-
-// As launch.py packs it: pointers (null: absent), sizes, doubles, ints.
-struct Call {
-  const void *value, *grad;  // conv output, or what forward saved; grad is null in forward
-  void *out;                 // may be value or grad
-  const void *bias, *weight;
-  const int64_t *seed;
-  void *bias_sum, *weight_sum;
-  int64_t n, channels, inner, weights;
-  double lower, upper;
-  int type, bias_type, weight_type;  // a sum has the type of its parameter
-  int rule, divisor, threads;
 };
 
 // ---------------------------------------------------------------- random slopes: philox.py's rule

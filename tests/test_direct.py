@@ -1,0 +1,258 @@
+"""The ops called in C++ (kernels/cpu/direct.cpp): what they take on equals a dispatcher call; they leave the rest."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fused_rect as fr
+from fused_rect import backends, ops
+from fused_rect.kernels import cpu
+
+with fr.backend("auto"):
+    DIRECT = backends.direct() if cpu.available() else None
+pytestmark = pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not built: {cpu.calls()}")
+
+RULES = (
+    ("relu", 0.0, 0.0),
+    ("leaky_relu", 0.1, 0.1),
+    ("leaky_relu", -0.5, -0.5),
+    ("prelu", 0.0, 0.0),
+    ("rrelu", 1 / 8, 1 / 3),
+    ("rrelu_divisor", 3.0, 8.0),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = [(7,), (4, 3), (2, 3, 5), (2, 3, 5, 7), (1, 8, 8, 8), (1, 2, 1, 1, 3), (3, 1, 4, 4)]
+
+
+@pytest.fixture(autouse=True)
+def native():
+    with fr.backend("native"):
+        yield
+
+
+def arguments(shape, dtype, rule, channels_last=False, wide=False, needs="xbw", has_bias=True):
+    """input, bias, weight, seed, as leaves where ``needs`` names them."""
+    x = torch.randn(shape).to(dtype)
+    if channels_last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    parameters = torch.float32 if wide else dtype
+    channels = shape[1] if len(shape) > 1 else 1
+    bias = torch.randn(channels).to(parameters) if has_bias and len(shape) > 1 else None
+    weight = torch.rand(channels).to(parameters) if rule[0] == "prelu" else None
+    for name, tensor in zip("xbw", (x, bias, weight)):
+        if tensor is not None:
+            tensor.requires_grad_(name in needs)
+    return x, bias, weight, torch.tensor([77]) if rule[0].startswith("rrelu") else None
+
+
+def gradients(y, wanted, grad):
+    return torch.autograd.grad(y, wanted, grad) if wanted else ()
+
+
+@settings(max_examples=200)
+@given(
+    shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES), rule=st.sampled_from(RULES), last=st.booleans(),
+    wide=st.booleans(), needs=st.sampled_from(["", "x", "b", "w", "xb", "xw", "bw", "xbw"]), has_bias=st.booleans(),
+    in_place=st.booleans(),
+)  # fmt: skip
+def test_equals_the_dispatchers_call(shape, dtype, rule, last, wide, needs, has_bias, in_place):
+    wide = wide and dtype in (torch.bfloat16, torch.float16)
+    tensors = arguments(shape, dtype, rule, last, wide, needs, has_bias)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    expected = ops.rectify(*tensors, *rule)
+    before = tensors[0].detach().clone()
+    if in_place:
+        x = tensors[0].clone() if tensors[0].requires_grad else tensors[0]
+        version = x._version
+        taken = DIRECT.rectify_(x, *tensors[1:], *rule)
+        # In-place PReLU keeps a copy where something is recorded, which is Python's to do.
+        assert taken == (not leaves or rule in RECORDED_IN_PLACE)
+        if not taken:
+            assert x._version == version and torch.equal(x, before)
+            return
+        assert x._version == version + 1
+        y = x
+    else:
+        y = DIRECT.rectify(*tensors, *rule)
+        assert torch.equal(tensors[0], before)
+    assert torch.equal(y, expected) and y.stride() == expected.stride() and y.dtype == dtype
+    assert y.requires_grad == expected.requires_grad
+    grad = torch.randn(shape).to(dtype)
+    for got, wanted in zip(gradients(y, leaves, grad), gradients(expected, leaves, grad), strict=True):
+        assert torch.equal(got, wanted) and got.dtype == wanted.dtype and got.stride() == wanted.stride()
+
+
+RECORDED_IN_PLACE = [rule for rule in RULES if rule[0] != "prelu" and rule[1] >= 0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "in_place"), [(rule, False) for rule in RULES] + [(rule, True) for rule in RECORDED_IN_PLACE]
+)
+def test_second_derivatives(rule, in_place):
+    """Backward under create_graph goes to the dispatcher, whose derivatives the other tests prove."""
+    x, bias, weight, seed = arguments((2, 3, 4), torch.float64, rule)
+
+    def function(*tensors):
+        bias, weight = tensors[1], tensors[2] if len(tensors) > 2 else None
+        if not in_place:
+            return DIRECT.rectify(tensors[0], bias, weight, seed, *rule)
+        y = tensors[0] * 1
+        assert DIRECT.rectify_(y, bias, weight, seed, *rule)
+        return y
+
+    tensors = tuple(t for t in (x, bias, weight) if t is not None)
+    assert torch.autograd.gradcheck(function, tensors) and torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_draws_the_seed_that_python_would(in_place):
+    rule, x = RULES[4], torch.randn(2, 3, 5)
+    torch.manual_seed(3)
+    expected, following = ops.rectify(x, None, None, fr.random.new_seed(), *rule), torch.rand(1)
+    torch.manual_seed(3)
+    y = x.clone()
+    if in_place:
+        ops.run_(y, None, None, None, *rule)
+    else:
+        y = ops.run(y, None, None, None, *rule)
+    assert torch.equal(y, expected) and torch.equal(torch.rand(1), following)
+
+
+def refused(x, bias=None, weight=None, seed=None, rule=RULES[1]):
+    """Nothing taken on, nothing written, no random number drawn."""
+    state, before, version = torch.get_rng_state(), x.detach().clone(), x._version
+    assert DIRECT.rectify(x, bias, weight, seed, *rule) is None
+    assert not DIRECT.rectify_(x, bias, weight, seed, *rule)
+    assert torch.equal(torch.get_rng_state(), state) and x._version == version
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    return True
+
+
+def test_the_unusual_is_left_to_python():
+    x, c = torch.randn(2, 3, 4), torch.randn(3)
+    negated = torch.randn(3, dtype=torch.cfloat).conj().imag
+    assert negated.is_neg()
+    assert refused(x[:, :, ::2]) and refused(x[:0]) and refused(x.int()) and refused(x[:1].expand(2, 3, 4))
+    assert refused(x, negated) and refused(x, c[:2]) and refused(x, torch.randn(6)[::2]) and refused(x, c.double())
+    assert refused(x, c, rule=("no such", 0.0, 0.0))
+    assert refused(x, c, rule=RULES[3]) and refused(x, weight=torch.randn(2), rule=RULES[3])
+    assert refused(x, weight=torch.randn(1, 3), rule=RULES[3]) and refused(x, weight=c.half(), rule=RULES[3])
+    assert refused(x, seed=torch.ones(1), rule=RULES[4]) and refused(x, seed=torch.tensor([1, 2]), rule=RULES[4])
+    assert refused(x[:, :, ::2], rule=RULES[4])
+    assert DIRECT.rectify(x.to_sparse(), None, None, None, *RULES[1]) is None
+    flat = torch.randn(12)
+    assert not DIRECT.rectify_(flat[:12].view(4, 3), flat[:3], None, None, *RULES[1])  # the bias lies in the input
+    leaf = torch.randn(2, 3, requires_grad=True)
+    assert not DIRECT.rectify_(leaf, None, None, None, *RULES[1])
+    assert not DIRECT.rectify_((leaf * 1)[:], None, None, None, *RULES[1])
+
+
+class Watched(torch.Tensor):
+    """A subclass that does nothing of its own."""
+
+
+@pytest.mark.parametrize(
+    "observed",
+    ["profiler", "functions", "dispatches", "forward AD", "vmap", "grad", "subclass", "parameter subclass", "fake"],
+)
+def test_whoever_listens_sees_the_op(observed, monkeypatch):
+    from torch._subclasses import FakeTensorMode
+    from torch.autograd import forward_ad
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, bias = torch.randn(2, 3, 4), torch.randn(3)
+    calls = []
+    taken = backends.direct
+    monkeypatch.setattr(backends, "direct", lambda: calls.append("direct") or taken())
+
+    def run(x, bias=bias):
+        return fr.functional.bias_leaky_relu(x, bias)
+
+    run(x)
+    assert calls == ["direct"]
+    calls.clear()
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    if observed == "profiler":
+        with torch.profiler.profile() as profile:
+            run(x)
+        assert "fused_rect::rectify" in {event.key for event in profile.key_averages()}
+    elif observed == "functions":
+        with Functions():
+            run(x)
+        assert "fused_rect.rectify.default" in calls
+    elif observed == "dispatches":
+        with Dispatches():
+            run(x)
+        assert "fused_rect.rectify.default" in calls
+    elif observed == "forward AD":
+        with forward_ad.dual_level():
+            assert forward_ad.unpack_dual(run(forward_ad.make_dual(x, torch.ones_like(x)))).tangent is not None
+    elif observed == "vmap":
+        assert torch.func.vmap(run)(x.unsqueeze(0)).shape == (1, 2, 3, 4)
+    elif observed == "grad":
+        assert torch.func.grad(lambda x: run(x).sum())(x).shape == x.shape
+    elif observed == "subclass":
+        assert type(run(x.as_subclass(Watched))) is Watched
+    elif observed == "parameter subclass":
+        assert type(run(x, bias.as_subclass(Watched))) is Watched
+    else:
+        with FakeTensorMode() as mode:
+            run(mode.from_tensor(x), mode.from_tensor(bias))
+    assert "direct" not in calls
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(inference):
+    layer, x = fr.nn.ConvPReLU2d(2, 3, 3), torch.randn(1, 2, 5, 5)
+    eager = nn.Sequential(*layer)
+    with inference():
+        y = layer(x)
+        assert not y.requires_grad
+        torch.testing.assert_close(y, eager(x))
+
+
+def test_gradients_that_need_a_copy_and_hooks():
+    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
+    y, expected = DIRECT.rectify(x, bias, weight, seed, *RULES[1]), ops.rectify(x, bias, weight, seed, *RULES[1])
+    for grad in (torch.ones(1).expand(2, 3, 4), torch.randn(4, 3, 2).permute(2, 1, 0)):
+        got, wanted = (torch.autograd.grad(t, (x, bias), grad, retain_graph=True) for t in (y, expected))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
+        z = DIRECT.rectify(x, bias, None, None, *RULES[1])
+    assert packed and torch.equal(torch.autograd.grad(z.sum(), bias)[0], torch.autograd.grad(y.sum(), bias)[0])
+
+
+def test_overwritten_outputs_are_noticed():
+    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
+    y = DIRECT.rectify(x, bias, weight, seed, *RULES[1])
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_without_the_library_python_serves(monkeypatch):
+    from fused_rect.kernels.cpu import build
+
+    outcomes = {**build._outcomes(), build.DIRECT: build.BuildError("no headers")}
+    monkeypatch.setattr(build, "_outcomes", lambda: outcomes)
+    backends._forget()
+    x = torch.randn(2, 3, requires_grad=True)
+    fr.functional.bias_relu(x).sum().backward()
+    assert torch.equal(x.grad, (x > 0).float()) and backends.direct() is None
+    assert cpu.calls() == "Python, slower for small tensors: no headers"
+    monkeypatch.undo()
+    backends._forget()
