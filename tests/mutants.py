@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant(DIRECT, "second derivatives lost", "if (alike && !at::GradMode::is_enabled() &&", "if (alike &&"),
     Mutant(DIRECT, "strides of the gradient ignored", " && grad.strides() == saved.strides();", ";"),
     Mutant(DIRECT, "a leaf overwritten", " || (input.is_leaf() && input.requires_grad())", ""),
-    Mutant(DIRECT, "a seed drawn though one is given", "seed_ || law.rule != rrelu ? seed_ :", "law.rule != rrelu ? seed_ :"),
+    Mutant(DIRECT, "another seed than the one given", "seed_ || law.rule != rrelu ?", "law.rule != rrelu ?"),
     # ---- the eager path
     Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(z > 0, 0)", "masked_fill_(z < 0, 0)"),
     Mutant(
