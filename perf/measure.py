@@ -120,6 +120,11 @@ def _student(degrees: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
 
 
+# glibc keeps freed memory instead of giving it back to the system: else the place of a freed tensor in the heap decides
+# whether the next one costs page faults, which made equal processes differ twofold. Set in the environment, these win.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+
+
 def measure(
     cases: Sequence[Case],
     *,
@@ -160,7 +165,7 @@ def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any]) -> Any:
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", __spec__.name]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=ALLOCATOR | os.environ
         ) as child:
             try:
                 assert child.stdin is not None and child.stdout is not None

@@ -236,6 +236,24 @@ def test_gradients_that_need_a_copy_and_hooks():
     assert packed and torch.equal(torch.autograd.grad(z.sum(), bias)[0], torch.autograd.grad(y.sum(), bias)[0])
 
 
+def test_backward_is_seen_by_a_mode_that_forward_did_not_have():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
+    y = DIRECT.rectify(x, bias, weight, seed, *RULES[1])
+    with Dispatches():
+        y.backward(torch.ones_like(y))
+    assert "fused_rect.rectify_backward.default" in calls
+    torch.testing.assert_close(bias.grad, torch.where(y > 0, 1.0, 0.1).sum((0, 2)))
+
+
 def test_overwritten_outputs_are_noticed():
     x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
     y = DIRECT.rectify(x, bias, weight, seed, *RULES[1])
