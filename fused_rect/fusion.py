@@ -4,7 +4,8 @@ Nothing moves: every module keeps its place, its parameters and its hooks, so st
 `.to()`, `train()`, deepcopy and pickle go on as they were. Only the class of a module that *holds* a pair changes, to a
 subclass whose forward calls the two together (:mod:`fused_rect.pairs`):
 
-- a Sequential (or a subclass that keeps its forward) runs adjacent pairs as one;
+- a Sequential (or a subclass that keeps its forward) runs adjacent pairs as one, those across the borders of
+  Sequentials inside it too;
 - a module with its own forward gets that forward with `act(conv(x))`, written nested or in two statements, as one call
   (:mod:`fused_rect.source`). No tracing: branches, loops and attributes are read at each call, as before;
 - a module that only loops over a ModuleList of them is traced, with guards (:mod:`fused_rect.traced`);
@@ -187,15 +188,17 @@ def _scripted(module: torch.jit.ScriptModule, name: str) -> list[Site]:
 
 
 def _sequential_sites(module: nn.Module, name: str, fold: bool) -> Iterator[Site]:
-    children = list(module.named_children())
+    children = _steps(module)
     at = 0
     while at + 1 < len(children):
         taken, _ = _taken([m for _, m in children[at : at + 3]], fold)
         key, linear_map = children[at]
         kind = pairs.linear_map_name(linear_map)
-        last = children[at + taken - 1][1] if taken > 1 else children[at + 1][1]
+        last_key, last = children[at + taken - 1 if taken > 1 else at + 1]
         rectifier = pairs.rectifier_name(last)
-        if kind and rectifier:
+        if "." in key and key.partition(".")[0] == last_key.partition(".")[0]:
+            pass  # within one Sequential inside, which names it itself
+        elif kind and rectifier:
             reason = pairs.obstacle(last, linear_map)
             yield Site(f"{name}.{key}".lstrip("."), kind, rectifier, reason is None, reason or "")
         elif kind and len(children) > at + 2 and pairs.is_norm(last) and pairs.rectifier_name(children[at + 2][1]):
@@ -215,7 +218,25 @@ def _taken(window: list[nn.Module], fold: bool) -> tuple[int, nn.Module | None]:
     return 1, None
 
 
-def _run(modules: list[nn.Module], input: Any, fold: bool) -> Any:
+def _steps(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What a Sequential runs, by name; Sequentials inside it that nothing watches are their own steps."""
+    found: list[tuple[str, nn.Module]] = []
+    for key, child in module._modules.items():
+        assert child is not None
+        if _is_plain_sequential(child):
+            found += [(f"{key}.{inner}", m) for inner, m in _steps(child)]
+        else:
+            found.append((key, child))
+    return found
+
+
+def _is_plain_sequential(module: nn.Module) -> bool:
+    plain = isinstance(module, nn.Sequential) and _original(module).forward is nn.Sequential.forward
+    return plain and "forward" not in module.__dict__ and not pairs.is_watched(module)
+
+
+def _run(self: nn.Sequential, input: Any, fold: bool) -> Any:
+    modules = list(self) if pairs.globally_hooked() else [m for _, m in _steps(self)]
     at = 0
     while at < len(modules):
         taken, norm = _taken(modules[at : at + 3], fold)
@@ -230,8 +251,8 @@ def _run(modules: list[nn.Module], input: Any, fold: bool) -> Any:
 
 
 def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    return _run(list(self), input, fold=False)
+    return _run(self, input, fold=False)
 
 
 def _folding_sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    return _run(list(self), input, fold=True)
+    return _run(self, input, fold=True)

@@ -62,7 +62,7 @@ def obstacle(activation: nn.Module, linear_map: Any) -> str | None:
         return "forward was replaced on the instance"
     if hasattr(linear_map, "_conv_forward") and type(linear_map)._conv_forward not in _CONV_FORWARDS:
         return f"{type(linear_map).__name__} overrides _conv_forward"
-    if _hooked(activation) or activation._forward_pre_hooks:
+    if is_watched(activation):
         return "the rectifier has hooks"
     if _hooked(linear_map) or not all(isinstance(h, _WEIGHT_HOOKS) for h in linear_map._forward_pre_hooks.values()):
         return "the convolution has hooks"
@@ -73,7 +73,12 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _globally_hooked() -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook of ``module`` would notice that its call is left out."""
+    return _hooked(module) or bool(module._forward_pre_hooks)
+
+
+def globally_hooked() -> bool:
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
@@ -93,7 +98,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
         or not isinstance(activation, nn.Module)
         or not isinstance(linear_map, nn.Module)
         or obstacle(activation, linear_map) is not None
-        or _globally_hooked()
+        or globally_hooked()
         or _slopes_elsewhere(activation, linear_map, args[0])
     ):
         return activation(linear_map(*args, **kwargs))
@@ -127,7 +132,7 @@ def call_function_pair(
         or args[0].dtype not in FLOATING
         or not isinstance(linear_map, nn.Module)
         or obstacle(_PROBE, linear_map) is not None
-        or _globally_hooked()
+        or globally_hooked()
     ):
         out = linear_map(*args, **kwargs)
         return getattr(out, function)() if isinstance(function, str) else function(out, *rest, **options)
@@ -160,12 +165,11 @@ def call_normalized(activation: nn.Module, norm: Any, linear_map: Any, input: An
         or norm.running_mean is None
         or not isinstance(input, Tensor)
         or input.dtype not in FLOATING
-        or _hooked(norm)
-        or norm._forward_pre_hooks
+        or is_watched(norm)
         or obstacle(activation, linear_map) is not None
         or linear_map_name(linear_map) not in ("conv1d", "conv2d", "conv3d")
         or torch.is_autocast_enabled(input.device.type)
-        or _globally_hooked()
+        or globally_hooked()
         or input.dim() != len(linear_map.kernel_size) + 2
     ):
         return activation(norm(linear_map(input)))

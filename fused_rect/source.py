@@ -38,10 +38,11 @@ _HELPER = "__fused_rect_call"
 
 @dataclass(frozen=True)
 class Place:
-    """One `outer(inner(...))` in the source: the text of the two callables."""
+    """One `outer(inner(...))` in the source: the text of the two callables, and the name that the module has there."""
 
     outer: str
     inner: str
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,14 @@ class _Pair(ast.NodeTransformer):
     """
 
     def __init__(self, forward: types.FunctionType, places: list[Place]) -> None:
-        self.forward, self.places = forward, places
+        self.forward, self.places, self.owner = forward, places, owner_of(forward)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call):
             return self._method(node, node.func.attr, node.func.value)
+        if not node.args and node.keywords and node.keywords[0].arg == "input" and self._is_function(node):
+            node.args = [node.keywords.pop(0).value]
         if not (node.args and isinstance(node.args[0], ast.Call)):
             return node
         inner = node.args[0]
@@ -247,7 +250,7 @@ class _Pair(ast.NodeTransformer):
 
     def _around(self, node: ast.Call, inner: ast.Call, outer: str, step: list[ast.expr]) -> ast.AST:
         """The helper's call for ``step`` on the result of ``inner``, which may be such a call already."""
-        self.places.append(Place(outer, ast.unparse(_callee(inner))))
+        self.places.append(Place(outer, ast.unparse(_callee(inner)), self.owner))
         if _is_name(inner.func, _HELPER):
             steps, arguments = inner.args[0].elts, inner.args[1:]  # type: ignore[attr-defined]
         else:
@@ -256,11 +259,21 @@ class _Pair(ast.NodeTransformer):
         return ast.copy_location(new, node)
 
     def _may_rectify(self, node: ast.Call) -> bool:
-        if _root(node.func) == "self" and isinstance(node.func, (ast.Attribute, ast.Subscript)):
+        if _root(node.func) == self.owner and not isinstance(node.func, ast.Name):
             return True
-        if resolve(self.forward, node.func) in _FUNCTIONS:
+        if self._is_function(node):
             return True
         return isinstance(node.func, ast.Name) and node.func.id in self.forward.__code__.co_varnames
+
+
+    def _is_function(self, node: ast.Call) -> bool:
+        return resolve(self.forward, node.func) in _FUNCTIONS
+
+
+def owner_of(forward: Any) -> str:
+    """The name of the first argument of ``forward``, by custom `self`."""
+    code = forward.__code__
+    return str(code.co_varnames[0]) if code.co_argcount else ""
 
 
 def _callee(call: ast.Call) -> ast.expr:
@@ -278,9 +291,13 @@ def _may_be_module(node: ast.expr) -> bool:
 
 
 def _root(node: ast.expr) -> str | None:
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
+    while isinstance(node, (ast.Attribute, ast.Subscript)) or _is_getattr(node):
+        node = node.args[0] if isinstance(node, ast.Call) else node.value  # type: ignore[attr-defined]
     return node.id if isinstance(node, ast.Name) else None
+
+
+def _is_getattr(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and _is_name(node.func, "getattr") and len(node.args) == 2
 
 
 _UNKNOWN = object()
@@ -309,13 +326,15 @@ def resolve(forward: Any, node: ast.expr) -> Any:
 
 def sites(module: nn.Module, name: str, place: Place) -> Iterator[Site]:
     """The site that ``place`` is in ``module``; nothing where it clearly is none."""
-    outer, inner = _look_up(module, place.outer), _look_up(module, place.inner)
+    outer, inner = (_look_up(module, text, place.owner) for text in (place.outer, place.inner))
     outer = F.relu if place.outer.strip("'") in pairs.METHODS else outer
     rectifier = pairs.rectifier_name(outer) if isinstance(outer, nn.Module) else _FUNCTIONS.get(outer)
     linear_map = pairs.linear_map_name(inner)
+    where = f"{name}.{place.inner.removeprefix(f'{place.owner}.')}".lstrip(".")
+    if linear_map and isinstance(outer, (types.FunctionType, functools.partial)) and rectifier is None:
+        yield Site(where, linear_map, place.outer, False, "a function of yours, whose code is not looked into")
     if (outer is not _UNKNOWN and rectifier is None) or (inner is not _UNKNOWN and linear_map is None):
         return
-    where = f"{name}.{place.inner.removeprefix('self.')}".lstrip(".")
     if outer is _UNKNOWN or inner is _UNKNOWN:
         kinds = linear_map or place.inner, rectifier or place.outer
         yield Site(where, *kinds, True, "decided at each call: its modules are local names")
@@ -329,9 +348,9 @@ def sites(module: nn.Module, name: str, place: Place) -> Iterator[Site]:
     yield Site(where, linear_map or "", rectifier or "", reason is None, reason or "")
 
 
-def _look_up(module: nn.Module, text: str) -> Any:
+def _look_up(module: nn.Module, text: str, owner: str) -> Any:
     node = ast.parse(text, mode="eval").body
-    if _root(node) != "self":
+    if _root(node) != owner:
         forward = getattr(type(module), "_fused_rect_original", type(module)).forward
         return resolve(forward, node)
     value: Any = module
@@ -348,4 +367,8 @@ def _follow(value: Any, node: ast.expr) -> Any:
         if not isinstance(node.slice, ast.Constant):
             raise KeyError(ast.unparse(node))
         return _follow(value, node.value)[node.slice.value]
+    if isinstance(node, ast.Call):
+        if not isinstance(node.args[1], ast.Constant):
+            raise KeyError(ast.unparse(node))
+        return getattr(_follow(value, node.args[0]), str(node.args[1].value))
     return value

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from .rewrite import Site, rewrite
+from .source import owner_of
 
 _BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Try, ast.With, ast.BoolOp, ast.Compare, ast.Assert, ast.Await, ast.Yield)
 # What a model's code raises when its tensors are proxies: it cannot be traced, and stays as it is.
@@ -89,17 +90,18 @@ def _graph(module: nn.Module, original: type[nn.Module]) -> fx.Graph | None:
 
 
 def _reads(original: type[nn.Module]) -> set[str] | None:
-    """The attributes of self that the forward reads; None where it branches or has no source."""
+    """The attributes of the module that the forward reads; None where it branches or has no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(original.forward)))
     except (OSError, TypeError, SyntaxError):
         return None
     if any(isinstance(node, _BRANCHES) for node in ast.walk(tree)):
         return None
+    owner = owner_of(original.forward)
     return {
         n.attr
         for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == owner
     }
 
 

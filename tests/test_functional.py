@@ -186,3 +186,14 @@ def test_public_names():
     for name in names:
         function = getattr(fr.functional, name)
         assert function.__name__ == name and function.__doc__
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_negated_parameters_are_read_as_they_look(path, grad):
+    """The imaginary part of a conjugate has torch's negative bit: its memory holds the opposite numbers."""
+    bias, weight = torch._neg_view(torch.randn(3)), torch._neg_view(torch.randn(3))
+    assert bias.is_neg() and weight.is_neg()
+    x = torch.randn(2, 3, 4, requires_grad=grad)
+    z = (x + bias.resolve_neg().view(-1, 1)).detach()
+    assert torch.equal(fr.functional.bias_relu(x, bias), z.relu())
+    assert torch.equal(fr.functional.bias_prelu(x, bias, weight), F.prelu(z, weight.resolve_neg()))

@@ -105,6 +105,27 @@ class Zipped(nn.Module):
         return x
 
 
+class Keyword(Base):
+    def forward(self, x):
+        return F.leaky_relu(input=self.conv(x), negative_slope=0.2)
+
+
+class OtherName(Base):
+    def forward(this, x):
+        return this.act(this.conv(x))
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv0, self.conv1, self.act = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x):
+        for i in range(2):
+            x = self.act(getattr(self, f"conv{i}")(x))
+        return getattr(self, "act")(getattr(self, "conv0")(x))  # noqa: B009
+
+
 class Subclassed(nn.Sequential):
     pass
 
@@ -124,6 +145,13 @@ FUSED = {
     Circular: 1,
     Chain: 1,
     Zipped: 2,
+    Keyword: 1,
+    OtherName: 1,
+    ByName: 3,
+    functools.partial(nn.Sequential, nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), nn.ReLU()): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Sequential(), nn.Sequential(nn.ReLU())): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Conv2d(3, 3, 1), nn.ReLU()): 2,
     functools.partial(Subclassed, nn.Conv2d(3, 3, 1), OwnReLU()): 1,
 }
 
@@ -181,6 +209,37 @@ class Decorated(Base):
     @doubled
     def forward(self, x):
         return self.act(self.conv(x))
+
+
+class OwnFunction(Base):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.leaky_relu, negative_slope=0.2)
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+def test_a_function_of_the_users_is_left_and_reported():
+    calls, (site,) = converted(OwnFunction)
+    assert calls == 0 and not site.fused and "function of yours" in site.reason and site.rectifier == "self.function"
+
+
+def test_a_rectifier_shared_in_a_sequential_is_reported_wherever_it_stands():
+    act = nn.ReLU()
+    calls, report = converted(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), act, nn.Conv2d(3, 3, 1), act))
+    assert calls == 2 and [site.where for site in report] == ["0", "2"]
+
+
+def test_a_hook_on_a_sequential_inside_is_honoured():
+    model, seen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.ReLU()), []
+    hook = model[0].register_forward_hook(lambda m, args, out: seen.append(out.min()))
+    fr.fuse(model)
+    x = torch.randn(1, 3, 4, 4)
+    assert fused_calls(model, x) == 0 and fusion.report(model) == [] and seen[0] < 0
+    hook.remove()
+    fr.fuse(model)
+    assert fused_calls(model, x) == 1 and [site.where for site in fusion.report(model)] == ["0.0"]
 
 
 LEFT = {Helper: "helper", ReadTwice: "read twice", Global: "read twice", Decorated: "source of its forward"}
