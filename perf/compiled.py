@@ -1,8 +1,9 @@
 """Compiled layers on the CPU, paired and interleaved: `python -m fused_rect.perf.compiled [rectifier ...]`.
 
-For each rectifier, in training and in inference, three convolutions 3 x 3, 32 -> 32, with it on 8 x 32 x 48 x 48: the
-time of eager torch and of plain `torch.compile` over that of `torch.compile(backend="fused_rect")`, the sites as chosen
-("auto") and all fused ("all"). Above 1 ours is faster. :mod:`fused_rect.perf.measure` says what the intervals mean.
+For each rectifier, in training and in inference, three convolutions 3 x 3, 32 -> 32, with it on `--batch` x 32 x 48 x
+48: the time of eager torch and of plain `torch.compile` over that of `torch.compile(backend="fused_rect")`, the sites as
+chosen ("auto") and all fused ("all"). Above 1 ours is faster. :mod:`fused_rect.perf.measure` says what the intervals
+mean.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def model(name: str) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def build(rectifier: str, mode: str) -> Runs:
+def build(rectifier: str, mode: str, batch: int) -> Runs:
     """The four ways to run one model, compiled; the reason in words for one that torch.compile cannot."""
     from fused_rect import compile as fused_compile
 
     torch._dynamo.reset()  # else the models of earlier cases count towards the limit of recompilations
-    x = torch.randn(8, 32, 48, 48)
+    x = torch.randn(batch, 32, 48, 48)
     ours = {"backend": fused_compile.backend}
     ways: dict[str, dict[str, Any] | None] = {
         "eager": None,
@@ -77,16 +78,21 @@ def _inference(function: Callable[..., Any], x: torch.Tensor) -> Callable[[], An
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_rect.perf.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="rectifier", help=f"of {', '.join(RECTIFIERS)}; by default all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(RECTIFIERS):
         parser.error(f"rectifier must be of {', '.join(RECTIFIERS)}, got {', '.join(sorted(unknown))}")
     cases = [
-        Case(f"{name} {mode}", "fused_rect.perf.compiled:build", {"rectifier": name, "mode": mode})
+        Case(
+            f"{name} {mode}", "fused_rect.perf.compiled:build",
+            {"rectifier": name, "mode": mode, "batch": options.batch},
+        )
         for name in options.names or RECTIFIERS
-        for mode in MODES
-    ]
+        for mode in options.modes
+    ]  # fmt: skip
     for case, samples in zip(cases, measure(cases, processes=options.processes, rounds=options.rounds)):
         for ours in ("auto", "all"):
             for other in ("eager", "inductor"):
