@@ -1,8 +1,8 @@
 """Compiled layers on the CPU, paired and interleaved: `python -m fused_rect.perf.compiled [rectifier ...]`.
 
 For each rectifier, in training and in inference, three convolutions 3 x 3, 32 -> 32, with it on `--batch` x 32 x 48 x
-48: the time of eager torch and of plain `torch.compile` over that of `torch.compile(backend="fused_rect")`, the sites as
-chosen ("auto") and all fused ("all"). Above 1 ours is faster. :mod:`fused_rect.perf.measure` says what the intervals
+48: the time of eager torch and of plain `torch.compile` over that of `torch.compile(backend="fused_rect")`, the sites
+as chosen ("auto") and all fused ("all"). Above 1 ours is faster. :mod:`fused_rect.perf.measure` says what the intervals
 mean.
 """
 

@@ -1,7 +1,8 @@
 """The CPU path against eager torch: `python -m fused_rect.perf.cpu [part ...] [--compile] [--json FILE]`.
 
 activation   the rectifier alone on a convolution's output, 16 x 64 x 56 x 56: forward, and training (forward, backward)
-layer        convolution 1 x 1, 64 -> 64, with its rectifier on 16 x 64 x 56 x 56
+layer        convolution 1 x 1, 64 -> 64, with its rectifier on 16 x 64 x 56 x 56; eager / bare has the convolution
+             alone below, without bias: what an epilogue that costs nothing would reach
 memory       peak of live bytes of a training step of 8 such layers in a row
 overhead     convolution 3 x 3, 8 -> 8, with its rectifier on 1 x 8 x 8 x 8: what a call costs besides arithmetic
 
@@ -103,6 +104,8 @@ def layer(rectifier: str, small: bool, compiled: bool) -> Runs:
         "eager": nn.Sequential(nn.Conv2d(*sizes, padding=int(small)), RECTIFIERS[rectifier]()),
         "fused": LAYERS[rectifier](*sizes, padding=int(small)),
     }
+    if not small:
+        modules["bare"] = nn.Conv2d(*sizes, bias=False)
     if compiled:
         modules["compiled"] = torch.compile(modules["eager"])
     runs: dict[str, Callable[[], Any] | str] = {}
@@ -163,6 +166,8 @@ def rows(case: Case, samples: Samples) -> list[dict[str, Any]]:
                 row[f"{way} ms"] = round(samples.time(name).value * 1e3, 4)
                 if way != "fused":
                     row[f"{way} / fused"] = _three(samples.ratio(name, f"fused {mode}"))
+        if (bare := f"bare {mode}") in samples.seconds:
+            row["eager / bare"] = _three(samples.ratio(f"eager {mode}", bare))
         if "copy" in samples.seconds:
             size = torch.empty(SHAPE, dtype=getattr(torch, case.arguments["dtype"]), device="meta").nbytes
             row["GB/s"] = round(size * STREAMS[mode] / samples.time(f"fused {mode}").value / 1e9, 1)
