@@ -20,6 +20,8 @@ class Mutant:
 PHILOX, RECTIFY, REDUCE = "kernels/philox.py", "kernels/rectify.py", "kernels/reduce.py"
 PLAN, LAUNCH, NATIVE, EAGER = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp", "fused_rect/eager.py"
 DIRECT = "kernels/cpu/direct.cpp"
+DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/batching.py"
+DERIVATIVES, OPS = "fused_rect/derivatives.py", "fused_rect/ops.py"
 
 # The tests that run first for a file; where all of them pass, REST decides.
 FOCUSED = {
@@ -31,6 +33,11 @@ FOCUSED = {
     NATIVE: ["tests/test_native.py"],
     DIRECT: ["tests/test_direct.py"],
     EAGER: ["tests/test_kernels.py"],
+    DECOMPOSE: ["tests/test_integrations.py"],
+    SHARDING: ["tests/test_distributed.py"],
+    BATCHING: ["tests/test_integrations.py", "tests/test_ops.py"],
+    DERIVATIVES: ["tests/test_ops.py", "tests/test_integrations.py"],
+    OPS: ["tests/test_ops.py", "tests/test_integrations.py"],
 }
 REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "direct", "addresses", "gpu_check")]
 
@@ -239,4 +246,58 @@ MUTANTS = [
         "grad.float()",
     ),
     Mutant(EAGER, "the wrong axis of the sum", "if d != 1]", "if d != 0]"),
+    # ---- the rest of torch around an op
+    Mutant(
+        DECOMPOSE,
+        "export: the wrong side's slope",
+        "torch.where(z > 0, z, z * along",
+        "torch.where(z < 0, z, z * along",
+    ),
+    Mutant(DECOMPOSE, "export: no bias", "z = add_bias(input, bias)", "z = input"),
+    Mutant(DECOMPOSE, "export: Leaky's own default", "F.leaky_relu(z, lower)", "F.leaky_relu(z)"),
+    Mutant(SHARDING, "bias everywhere beside sharded channels", "Shard(0) if dim == 1 and", "Shard(0) if dim == 9 and"),
+    Mutant(
+        SHARDING, "no sum over the batch's shards", "sums = [Partial(), Partial()]", "sums = [Replicate(), Replicate()]"
+    ),
+    Mutant(
+        SHARDING,
+        "random slopes of shards alike",
+        'range(0 if rectifier.startswith("rrelu") else',
+        'range(0 if rectifier == "" else',
+    ),
+    Mutant(BATCHING, "vmap: examples and channels exchanged", "t.transpose(0, 1).flatten(1, 2)", "t.flatten(0, 1)"),
+    Mutant(
+        BATCHING, "vmap: one slope's gradient not summed", "split[1] = split[1].sum(-1)", "split[1] = split[1][..., 0]"
+    ),
+    Mutant(BATCHING, "vmap: random slopes folded", '    if rectifier.startswith("rrelu"):', '    if rectifier == "":'),
+    Mutant(
+        DERIVATIVES,
+        "forward mode without the slopes' tangent",
+        "    if weight_t is not None:\n        tangent =",
+        "    if weight_t is ...:\n        tangent =",
+    ),
+    Mutant(DERIVATIVES, "double backward: no term of the slopes", "result[3] = _sum_to(", "result[3] = 0 * _sum_to("),
+    Mutant(
+        DERIVATIVES,
+        "double backward: no term of z",
+        "result[1] = of_z.to(saved.dtype) if needs[1] else None",
+        "result[1] = None",
+    ),
+    Mutant(
+        OPS,
+        "outer transforms see no derivative",
+        "    with torch.enable_grad(), _set_fwd_grad_enabled(True),",
+        "    with torch.no_grad(),",
+    ),
+    Mutant(
+        OPS, "forward mode overlooked", "if torch.autograd.forward_ad._current_level >= 0 or torch._C", "if torch._C"
+    ),
+    Mutant(OPS, "the version not bumped", "    torch.autograd.graph.increment_version(input)\n", ""),
+    Mutant(OPS, "a parameter inside the input read as it changes", "torch._C._overlaps(parameter, input)", "False"),
+    Mutant(
+        OPS,
+        "keys of the first tensor alone",
+        "tensors = (t for t in args if isinstance(t, Tensor))",
+        "tensors = (args[0],)",
+    ),
 ]
