@@ -89,7 +89,11 @@ def check_grad(grad: Tensor, saved: Tensor) -> None:
 
 
 def check_in_place(input: Tensor) -> None:
-    """RuntimeError where two elements of ``input`` share one place in memory."""
+    """RuntimeError where two elements of ``input`` share one place in memory, or it may not be written any more."""
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "input: Inplace update to inference tensor outside InferenceMode is not allowed; pass input.clone()"
+        )
     if not is_dense(input) and any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride())):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "

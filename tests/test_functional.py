@@ -197,3 +197,13 @@ def test_negated_parameters_are_read_as_they_look(path, grad):
     z = (x + bias.resolve_neg().view(-1, 1)).detach()
     assert torch.equal(fr.functional.bias_relu(x, bias), z.relu())
     assert torch.equal(fr.functional.bias_prelu(x, bias, weight), F.prelu(z, weight.resolve_neg()))
+
+
+def test_inference_tensors_are_written_in_inference_mode_alone(path):
+    with torch.inference_mode():
+        x = torch.randn(2, 3)
+        before = x.clone()
+        assert torch.equal(fr.functional.bias_relu_(x.clone()), before.relu())
+    with pytest.raises(RuntimeError, match=r"input: Inplace update to inference tensor.*clone"):
+        fr.functional.bias_relu_(x)
+    assert torch.equal(x, before)

@@ -200,6 +200,7 @@ std::optional<Tensor> run(
   const bool record = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
   // Leaves and views are autograd's difficult cases, and in-place PReLU keeps a copy: all in ops.py.
   if (record && below_autograd()) return {};
+  if (in_place && input.is_inference() && !c10::InferenceMode::is_enabled()) return {};
   if (record && in_place && (!law.saves_output() || input.is_view() || (input.is_leaf() && input.requires_grad()))) return {};
   const Maybe seed = seed_ || law.rule != rrelu ? seed_ : Maybe(new_seed());
   if (!add_seed(*call, seed)) return {};
