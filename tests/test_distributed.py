@@ -1,6 +1,7 @@
 """DDP, FSDP2 and DTensor on two gloo processes give the numbers of one process."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -112,10 +113,14 @@ CASES = {"DDP": _ddp, "DDP rrelu": _ddp_rrelu, "FSDP2": _fsdp2, "DTensor": _dten
 
 def _rank(rank, case, store):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    store = dist.FileStore(store, RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
         CASES[case](rank)
-        dist.barrier()  # gloo aborts a rank whose peer leaves first
+        # Gloo aborts a rank whose peer leaves first, even inside its last barrier; the file has no such haste.
+        store.add("done", 1)
+        while store.add("done", 0) < RANKS:
+            time.sleep(0.01)
     finally:
         dist.destroy_process_group()
 

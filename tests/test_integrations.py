@@ -137,6 +137,19 @@ def test_an_ensemble_by_vmap_over_the_parameters(name):
     assert_close(*run)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gradients_of_one_slope_for_each_example(mapped):
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    slope = torch.rand(*(3,) * mapped, 1, dtype=torch.float64)
+
+    def loss(slope, example):
+        return fr.functional.bias_prelu(example, None, slope).square().sum()
+
+    got = vmap(grad(loss), in_dims=(0 if mapped else None, 0))(slope, x)
+    slopes = slope if mapped else slope.expand(3, 1)
+    assert_close(got, torch.stack([grad(loss)(s, example) for s, example in zip(slopes, x)]))
+
+
 def test_an_in_place_call_on_an_unmapped_input_inside_vmap_names_the_way_out():
     z = torch.randn(2, 4)
     with pytest.raises(RuntimeError, match="without the trailing underscore"):
