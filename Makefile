@@ -39,7 +39,7 @@ test: lint  ## all but the long sweeps
 test-all: lint  ## everything
 	$(RUN) -m pytest -n 2
 
-# Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; about 20 minutes on two cores.
+# Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; half an hour on two cores.
 mutants: setup  ## break the code on purpose
 	$(RUN) tests/mutation.py $(MUTANTS)
 

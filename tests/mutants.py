@@ -37,7 +37,7 @@ FOCUSED = {
     SHARDING: ["tests/test_distributed.py"],
     BATCHING: ["tests/test_integrations.py", "tests/test_ops.py"],
     DERIVATIVES: ["tests/test_ops.py", "tests/test_integrations.py"],
-    OPS: ["tests/test_ops.py", "tests/test_integrations.py"],
+    OPS: ["tests/test_functional.py", "tests/test_ops.py", "tests/test_integrations.py"],
 }
 REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "direct", "addresses", "gpu_check")]
 

@@ -92,6 +92,12 @@ def _dtensor(rank):
             if weight is slopes:
                 _check_dtensor(function, (z, bias, weight), grad, mesh, Shard(1), Shard(0), distribute_tensor)
 
+    seed = torch.tensor([5])
+    expected = fr.functional.bias_rrelu(z, training=True, seed=seed)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        spread, everywhere = distribute_tensor(z, mesh, [placement]), distribute_tensor(seed, mesh, [Replicate()])
+        _close(fr.functional.bias_rrelu(spread, training=True, seed=everywhere).full_tensor(), expected)
+
 
 def _check_dtensor(function, tensors, grad, mesh, placement, parameters, distribute):
     plain = [t.clone().requires_grad_() for t in tensors]

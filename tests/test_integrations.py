@@ -137,6 +137,15 @@ def test_an_ensemble_by_vmap_over_the_parameters(name):
     assert_close(*run)
 
 
+def test_random_slopes_of_an_example_are_those_it_has_alone():
+    x, seed = torch.randn(3, 2, 4, 5, dtype=torch.float64), torch.tensor([5])
+
+    def call(example):
+        return fr.functional.bias_rrelu(example, training=True, seed=seed)
+
+    assert_close(vmap(call)(x), torch.stack([call(example) for example in x]))
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_gradients_of_one_slope_for_each_example(mapped):
     x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
