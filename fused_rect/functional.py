@@ -86,7 +86,7 @@ def bias_rrelu(
     slopes on every device and path. Nothing but the output and the seed is kept for backward where the slopes are >= 0.
     Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0.
     """
-    return _rectify(input, bias, None, seed, random_rule(lower, upper, training, law))
+    return _rectify(input, bias, None, seed if training else None, random_rule(lower, upper, training, law))
 
 
 @leaf
@@ -101,7 +101,7 @@ def bias_rrelu_(
     seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`bias_rrelu` in place on ``input``."""
-    return _rectify_(input, bias, None, seed, random_rule(lower, upper, training, law))
+    return _rectify_(input, bias, None, seed if training else None, random_rule(lower, upper, training, law))
 
 
 def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, rule: Rule, seed: Tensor | None = None) -> Tensor:
@@ -199,7 +199,7 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
         seed: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        rule = random_rule(lower, upper, training, law)
+        rule, seed = random_rule(lower, upper, training, law), seed if training else None
         return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, rule, seed))
 
     functions = (relu, leaky_relu, prelu, rrelu)

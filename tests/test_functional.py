@@ -207,3 +207,11 @@ def test_inference_tensors_are_written_in_inference_mode_alone(path):
     with pytest.raises(RuntimeError, match=r"input: Inplace update to inference tensor.*clone"):
         fr.functional.bias_relu_(x)
     assert torch.equal(x, before)
+
+
+def test_evaluation_keeps_no_seed():
+    kept, x = [], torch.randn(2, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        fr.functional.bias_rrelu(x, seed=fr.random.new_seed())
+        fr.functional.linear_rrelu(x, torch.randn(4, 3), seed=fr.random.new_seed())
+    assert kept and torch.int64 not in kept
