@@ -84,7 +84,8 @@ def bias_rrelu(
     training=False: the fixed slope (lower + upper) / 2, for "divisor" its inverse.
     seed: int64 tensor (1,) as :func:`fused_rect.random.new_seed` draws it (the default): the same seed gives the same
     slopes on every device and path. Nothing but the output and the seed is kept for backward where the slopes are >= 0.
-    Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0.
+    Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0 or
+    bounds outside [2**-126, 2**126], where float32 has a normal inverse.
     """
     return _rectify(input, bias, None, seed if training else None, random_rule(lower, upper, training, law))
 

@@ -22,7 +22,7 @@ Law = Literal["slope", "divisor"]
 
 # PyTorch's bounds, as a slope, and the paper's, as a divisor: the same support, different laws (means .2292 and .1962).
 DEFAULT_BOUNDS: dict[str, tuple[float, float]] = {"slope": (1 / 8, 1 / 3), "divisor": (3.0, 8.0)}
-
+DIVISORS = (2.0**-126, 2.0**126)  # numbers whose inverse is normal in float32
 
 RANDOM = ("rrelu", "rrelu_divisor")
 
@@ -100,5 +100,10 @@ def rrelu(lower: float | None, upper: float | None, law: str) -> RReLU:
         raise ValueError(
             f"law='divisor' draws the divisor of the negative side, so lower must be > 0, got lower={lower}; "
             "use law='slope' for slopes that may be 0 or negative"
+        )
+    if law == "divisor" and not DIVISORS[0] <= lower <= upper <= DIVISORS[1]:
+        raise ValueError(
+            f"the bounds of law='divisor' must lie in [2**-126, 2**126], where float32 has a normal inverse, "
+            f"got lower={lower}, upper={upper}"
         )
     return RReLU(lower, upper, "slope" if law == "slope" else "divisor")

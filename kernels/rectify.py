@@ -3,6 +3,11 @@
 RULE is "relu", "leaky_relu", "prelu", "rrelu" or "rrelu_divisor", known when compiling. `plan.py` says what a tile is.
 Arithmetic is float32 (float64 for float64) and rounds once. Launch with enable_fp_fusion=False: contracted sums would
 no longer equal eager's bit for bit.
+
+All loads of a thread come before the slopes are made, and a barrier behind them (`tl.debug_barrier`: one instruction;
+no thread waits for data) keeps ptxas from moving them behind the arithmetic of the first. Without it PReLU's backward
+had 80 of its 256 bytes a thread under way on B200, the divisor law's forward 16 of 128. A backward without grad_weight
+does without: its two loads an element keep enough under way.
 """
 
 import triton
@@ -53,8 +58,10 @@ def _slope(weight, vector, seed, lower, upper, RULE: tl.constexpr, V: tl.constex
         drawn = tl.reshape(drawn, vector.shape[0], vector.shape[1], vector.shape[2], V)
         value = tl.fma(drawn, _number(lower, COMPUTE), _number(upper, COMPUTE))
         if RULE == "rrelu_divisor":
-            # A division that rounds correctly calls a subroutine; one Newton step brings the fast one within 1 ulp.
-            inverse = 1.0 / value
+            # A division that rounds correctly calls a subroutine, the fast one takes 7 instructions to cover all of
+            # float32. The root's square takes 2, and a Newton step brings it within 1 ulp.
+            root = tl.rsqrt(value)
+            inverse = root * root
             value = tl.fma(inverse, tl.fma(-value, inverse, 1.0), inverse)
         return value
     else:
@@ -133,29 +140,36 @@ def _each(lookup):
     return lookup if lookup in ("", "one") else "element"
 
 
+@triton.constexpr_function
+def _looked_up_first(bias, weight):
+    """Whether the parameters come before the inputs. A column's eight or sixteen look-ups take many registers:
+    behind the loads they made ptxas spill. One or two look-ups do better behind: till then nothing can use an input."""
+    return "element" in (bias, weight)
+
+
 @triton.jit
 def _parameters(
-    bias, weight, seed, lower, upper, channels, inner, vector, first, mask,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+    bias, weight, channels, inner, first, mask,
+    BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(bias, slope) of each element; BIAS and WEIGHT are the lookups of the two parameters, or "" for none."""
+    """(bias, weight) of each element; BIAS and WEIGHT are the lookups of the two parameters, or "" for none."""
     shift = 0.0
     if BIAS != "":
         shift = _channel_values(bias, first, inner, channels, mask, BIAS, V, COMPUTE)
-    slope = 0.0
+    learned = 0.0
     if WEIGHT != "":
-        slope = _channel_values(weight, first, inner, channels, mask, WEIGHT, V, COMPUTE)
-    return shift, _slope(slope, vector, seed, lower, upper, RULE, V, COMPUTE)
+        learned = _channel_values(weight, first, inner, channels, mask, WEIGHT, V, COMPUTE)
+    return shift, learned
 
 
 @triton.jit
 def _forward(
-    input, out, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
+    x, out, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    x = tl.load(input + offset, mask=mask).to(COMPUTE)
+    z = x.to(COMPUTE)
     if BIAS != "":
-        x += shift
-    tl.store(out + offset, _rectify(x, slope, RULE).to(out.dtype.element_ty), mask=mask)
+        z += shift
+    tl.store(out + offset, _rectify(z, slope, RULE).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
@@ -168,20 +182,29 @@ def forward(
     """out = rectify(input + bias); BIAS and WEIGHT are the lookups of the two parameters, or ""."""
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    shift, slope = _parameters(
-        bias, weight, seed, lower, upper, channels, inner, _counted(start + behind, FAR), _unsigned(g * V, WIDE),
-        in_row, RULE, BIAS, WEIGHT, V, COMPUTE,
-    )  # fmt: skip
-    at = start * V
-    _forward(input + at, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
+    at, offset = start * V, behind * V + j
+    FIRST: tl.constexpr = _looked_up_first(BIAS, WEIGHT)
+    if FIRST:
+        shift, learned = _parameters(
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+        )  # fmt: skip
+    x = tl.load(input + at + offset, mask=mask)
+    tl.debug_barrier()
+    if not FIRST:
+        shift, learned = _parameters(
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+        )  # fmt: skip
+    slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
+    _forward(x, out + at, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
     if TAIL:
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            last_shift, last_slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, ragged,
-                RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
+            last_shift, last_learned = _parameters(
+                bias, weight, channels, inner, first, ragged, _each(BIAS), _each(WEIGHT), V, COMPUTE
             )  # fmt: skip
-            _forward(input, out, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE)
+            last_slope = _slope(last_learned, _counted(last, FAR), seed, lower, upper, RULE, V, COMPUTE)
+            last_x = tl.load(input + (last * V + j), mask=ragged)
+            _forward(last_x, out, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE)
 
 
 @triton.jit
@@ -233,14 +256,19 @@ def _by_sum(at, stride, AXIS: tl.constexpr, SUMS: tl.constexpr):
 
 
 @triton.jit
+def _load_both(grad, saved, offset, mask):
+    """Lanes without an element: no gradient, and infinite, so that any finite bias leaves them on the positive side,
+    where no slope (inf among them) reaches the sums."""
+    return tl.load(grad + offset, mask=mask, other=0), tl.load(saved + offset, mask=mask, other=float("inf"))
+
+
+@triton.jit
 def _backward(
     grad, saved, grad_input, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """Stores grad_input; returns what grad_bias and grad_weight sum, 0 where ``mask`` is off."""
-    dy = tl.load(grad + offset, mask=mask, other=0).to(COMPUTE)
-    # Lanes without an element: no gradient, and infinite, so that any finite bias leaves them on the positive side,
-    # where no slope (inf among them) reaches the sums.
-    z = tl.load(saved + offset, mask=mask, other=float("inf")).to(COMPUTE)
+    dy = grad.to(COMPUTE)
+    z = saved.to(COMPUTE)
     if BIAS != "":
         z += shift
     dx = _derivative(dy, z, slope, RULE)
@@ -274,14 +302,21 @@ def backward(
     """
     j = tl.arange(0, V)[None, None, None, :]
     start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    shift, slope = _parameters(
-        bias, weight, seed, lower, upper, channels, inner, _counted(start + behind, FAR), _unsigned(g * V, WIDE),
-        in_row, RULE, BIAS, WEIGHT, V, COMPUTE,
-    )  # fmt: skip
-    at = start * V
-    dx, dw = _backward(
-        grad + at, saved + at, grad_input + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE
-    )  # fmt: skip
+    at, offset = start * V, behind * V + j
+    FIRST: tl.constexpr = _looked_up_first(BIAS, WEIGHT)
+    if FIRST:
+        shift, learned = _parameters(
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+        )  # fmt: skip
+    dy, x = _load_both(grad + at, saved + at, offset, mask)
+    if SUM_WEIGHT:
+        tl.debug_barrier()
+    if not FIRST:
+        shift, learned = _parameters(
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+        )  # fmt: skip
+    slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
+    dx, dw = _backward(dy, x, grad_input + at, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
     if SUMS > 0:
         _store_sums(
             partials, _summands(dx, dw, SUM_BIAS, SUM_WEIGHT), g, row, inner, columns, entries, stride,
@@ -290,12 +325,13 @@ def backward(
     if TAIL:
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            last_shift, last_slope = _parameters(
-                bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, ragged,
-                RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
+            last_shift, last_learned = _parameters(
+                bias, weight, channels, inner, first, ragged, _each(BIAS), _each(WEIGHT), V, COMPUTE
             )  # fmt: skip
+            last_slope = _slope(last_learned, _counted(last, FAR), seed, lower, upper, RULE, V, COMPUTE)
+            last_dy, last_x = _load_both(grad, saved, last * V + j, ragged)
             last_dx, last_dw = _backward(
-                grad, saved, grad_input, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE
+                last_dy, last_x, grad_input, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE
             )  # fmt: skip
             if SUMS > 0:
                 values = tl.reshape(_summands(last_dx, last_dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)

@@ -45,7 +45,7 @@ class GPU:
 
 
 # float32 runs at 16 lanes a scheduler on A100 and 32 on the later ones, integer multiplication at 16 on all.
-_LATER = {"alu": 2, "fma": 1, "packed": 2, "imad": 2, "special": 8, "memory": 4}
+_LATER = {"alu": 2, "fma": 1, "packed": 2, "imad": 2, "special": 8, "load-store": 4}
 _A100 = {**_LATER, "fma": 2, "packed": 4}
 GPUS = {
     "sm_80": GPU("A100", 108, 1.410e9, 2.04e12, 480e-9, _A100),
@@ -80,7 +80,7 @@ def slots(gpu: GPU, path: Iterable[Instruction]) -> dict[str, int]:
         taken["issue"] += 1
         if instruction.pipe:
             # A multiprocessor has one load-store unit: 32 lanes of 4 bytes a cycle, for four schedulers.
-            times = max(1, instruction.width // 4) if instruction.pipe == "memory" else 1
+            times = max(1, instruction.width // 4) if instruction.pipe == "load-store" else 1
             taken[instruction.pipe] += gpu.cycles[instruction.pipe] * times
     # Multiplication of integers occupies half of the float unit, so together they take what the unit as a whole gives.
     taken["fma"] += taken.pop("packed") + taken["imad"] * gpu.cycles["fma"] // 2

@@ -38,7 +38,7 @@ PIPES = {
     "packed": "FADD2 FMUL2 FFMA2",
     "imad": "IMAD",
     "special": "MUFU F2F F2I I2F FRND POPC FLO BREV",
-    "memory": "LDG STG LDS STS LDSM STSM LDL STL SHFL",
+    "load-store": "LDG STG LDS STS LDSM STSM LDL STL SHFL",
 }
 _PIPE = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
 

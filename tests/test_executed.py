@@ -85,14 +85,6 @@ def count(shape, layout, rule, dtype, backward):
 ELSEWHERE = {80: {"forward": 1.1, "backward": 1.3}}
 
 
-# Where ptxas spills 8 bytes of a thread's 64 or 128 elements, one store and one load, to fit one more program.
-SPILLED = {
-    (80, (32, 51, 29, 31), "contiguous", "rrelu", True, torch.float16),
-    (80, (4, 192, 37, 37), "contiguous", "rrelu", True, torch.float16),
-    (90, (256, 4099), "contiguous", "rrelu", False, torch.float16),
-}
-
-
 @pytest.fixture(autouse=True)
 def _count_sectors(monkeypatch):
     monkeypatch.setattr(machine.config, "track_unique", True)
@@ -110,8 +102,7 @@ def check(shape, layout, rule, backward, dtype=torch.bfloat16):
     assert instructions <= allowed, f"{instructions:.1f} instructions an element, {allowed} allowed"
     few = shape == (256, 4099) and dtype.itemsize == 2
     assert sectors <= (1.10 if few else 1.06 if backward else 1.01)
-    spilled = 8 if (arch, shape, layout, rule, backward, dtype) in SPILLED else 0
-    assert width == 16 and sass.spill_bytes == spilled and "CALL" not in sass.opcodes
+    assert width == 16 and sass.spill_bytes == 0 and "CALL" not in sass.opcodes
 
 
 @pytest.mark.parametrize("rule", RULES)

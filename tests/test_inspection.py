@@ -153,6 +153,11 @@ def test_the_roofline_model():
     )
     alu = predicted(path=[Instruction("LOP3", "", "integer", "alu")] * 300, elements=8)
     assert alu.bound == "alu" and alu.fraction == pytest.approx(35.4 * 8 / 600, rel=0.01)
+    # 8 stores of 16 bytes take 16 cycles each of the load-store unit, which leaves what the bytes take as it is.
+    storing = predicted(path=[Instruction("STG", "", "store", "load-store", 16)] * 8, elements=4, bytes_per_element=12.0)
+    assert storing.bound == "memory" and storing.fraction == 1.0
+    storing = predicted(path=[Instruction("STG", "", "store", "load-store", 16)] * 16, elements=4)
+    assert storing.bound == "load-store" and storing.fraction == pytest.approx(35.4 * 4 / 256, rel=0.01)
     starved = predicted(programs=132, in_flight=16)
     assert starved.bound == "in flight" and starved.fraction == pytest.approx(128 * 16 / H100.needed)
 

@@ -359,6 +359,14 @@ def test_slopes_are_the_rules_whatever_the_layout(dtype, law):
             torch.testing.assert_close(got, expected, rtol=2e-7 if dtype == torch.float32 else 1e-15, atol=0)
 
 
+@pytest.mark.parametrize("bounds", [(2.0**-126, 2.0**-124), (2.0**124, 2.0**126), (2.0**-126, 2.0**126)])
+def test_divisors_at_the_ends_of_their_range(bounds):
+    x, out, seed = torch.full((1031,), -1.0), torch.empty(1031), torch.tensor([42])
+    launch.forward(x, None, None, seed, "rrelu_divisor", *bounds, out)
+    expected = reference.flat_slopes(42, 1031, *bounds, "divisor", torch.float32, x.device)
+    torch.testing.assert_close(-out, expected, rtol=2e-7, atol=0)
+
+
 def test_seed_is_read_from_memory_and_matters():
     x = -torch.ones(64)
     first, second = torch.empty(64), torch.empty(64)

@@ -54,6 +54,8 @@ def test_one_bound_may_be_left_to_the_law():
         (0.1, math.nan, "slope", RuntimeError, "must be finite.*upper=nan"),
         (0.0, 8.0, "divisor", ValueError, "lower must be > 0, got lower=0.0; use law='slope'"),
         (-1.0, 8.0, "divisor", ValueError, "lower must be > 0"),
+        (1e-39, 8.0, "divisor", ValueError, "must lie in .*normal inverse, got lower=1e-39"),
+        (3.0, 1e38, "divisor", ValueError, "must lie in .*upper=1e[+]38"),
         (0.1, 0.3, "gaussian", ValueError, "law must be 'slope' or 'divisor', got 'gaussian'"),
     ],
 )
