@@ -7,6 +7,13 @@ whatever C and H*W are. Where there is one row only (a batch of one), a program 
 
 A tile is (depth, lanes_down, across, vector): `depth` rows a thread, so that its loads are all under way before the
 first store; `lanes_down` rows and `across` vectors share out the 128 threads.
+
+How a parameter is looked up:
+    "vector"   once a vector: all of it is one channel
+    "split"    twice a vector, which holds at most two channels
+    "element"  for each element
+    "tile"     twice a program: one row in planes wider than the tile, at most two channels; a vector belongs to one
+    "seam"     the same, but the vector where the channels meet belongs to both: it is left out and done by itself
 """
 
 from __future__ import annotations
@@ -22,8 +29,11 @@ THREADS = 128
 DEPTH = 4
 # Rows are widened up to this often where that wastes fewer lanes.
 WIDEST = 64
-# Instructions of one column's look-up (bfloat16, sm_90).
-LOOKUP_COST = {"vector": 30, "split": 60, "element": 200}
+# Tiles of 8 vectors a thread in place of 4 only where so many programs remain: about four a multiprocessor.
+FEWEST = 512
+# Instructions of one column's look-up (bfloat16, sm_90), and of a seam.
+LOOKUP_COST = {"tile": 4, "seam": 6, "vector": 30, "split": 60, "element": 200}
+SEAM_COST = 250
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Plan:
     depth: int
     lanes_down: int
     across: int
-    lookup: str  # "vector": one channel a vector; "split": at most two; "element": any
+    lookup: str
 
     @property
     def columns(self) -> int:
@@ -97,6 +107,14 @@ class Plan:
         return -(-self.inner // self.unit) + (self.inner % self.unit > 0)
 
     @property
+    def seams(self) -> float:
+        """The share of programs with a seam to do."""
+        if self.lookup != "seam":
+            return 0.0
+        planes = self.copies * self.channels
+        return (planes - planes * math.gcd(self.inner, self.vector) // self.vector) / self.columns
+
+    @property
     def wide(self) -> bool:
         """Whether offsets inside a tile need 64 bits."""
         reach = self.row + self.across + self.depth * self.lanes_down * self.row
@@ -135,7 +153,7 @@ def plan(size: int, channels: int, inner: int, itemsize: int) -> Plan:
     inner = size if channels == 1 else inner
     period = channels * inner
     lookup = "vector" if channels == 1 or inner % vector == 0 else "split" if inner > vector else "element"
-    candidates = [_flat(size, channels, inner, vector, lookup)]
+    candidates = _flat(size, channels, inner, vector, lookup)
     least = vector // math.gcd(period, vector)
     for widening in range(1, WIDEST + 1):
         copies = least * widening
@@ -145,24 +163,41 @@ def plan(size: int, channels: int, inner: int, itemsize: int) -> Plan:
     return min(candidates, key=_cost)
 
 
-def _flat(size: int, channels: int, inner: int, vector: int, lookup: str) -> Plan:
+def _flat(size: int, channels: int, inner: int, vector: int, lookup: str) -> list[Plan]:
     copies = -(-size // (channels * inner))
     row = -(-size // vector)
-    return Plan(size, channels, inner, vector, row, copies, 1, 1, 1, DEPTH * THREADS, lookup)
+
+    wide = "tile" if inner % vector == 0 else "seam"
+
+    def tile(across: int) -> Plan:
+        once = channels > 1 and inner >= across * vector
+        return Plan(size, channels, inner, vector, row, copies, 1, 1, 1, across, wide if once else lookup)
+
+    usual, larger = tile(DEPTH * THREADS), tile(2 * DEPTH * THREADS)
+    # Eight vectors' own look-ups would cost ptxas its registers.
+    return [usual, *_enough([larger] if channels == 1 or larger.lookup == wide else [])]
 
 
 def _rows(size: int, channels: int, inner: int, vector: int, copies: int, lookup: str) -> list[Plan]:
     row = copies * channels * inner // vector
     rows = -(-size // (row * vector))
-    shapes = [(2 * DEPTH, 1, THREADS), (DEPTH, 1, THREADS), (DEPTH // 2, 1, THREADS * 2)]
+
+    def tile(depth: int, lanes_down: int, across: int) -> Plan:
+        return Plan(size, channels, inner, vector, row, copies, rows, depth, lanes_down, across, lookup)
+
     if lookup == "element":
         # Many channels a vector: the sums run down the rows, 8 rows of threads, each 16 vectors = 256 bytes across.
-        shapes = [(2 * DEPTH, 8, 16), (DEPTH, 8, 16)]
-    return [Plan(size, channels, inner, vector, row, copies, rows, *shape, lookup) for shape in shapes]
+        return [tile(2 * DEPTH, 8, 16), tile(DEPTH, 8, 16)]
+    usual = [tile(2 * DEPTH, 1, THREADS), tile(DEPTH, 1, THREADS), tile(DEPTH // 2, 1, 2 * THREADS)]
+    return usual + _enough([tile(DEPTH, 1, 2 * THREADS)])
+
+
+def _enough(plans: list[Plan]) -> list[Plan]:
+    return [plan for plan in plans if plan.programs >= FEWEST]
 
 
 def _cost(plan: Plan) -> tuple[float, int]:
-    """Instructions: a thread's own, those of each vector column it looks up, and those of each vector it does."""
+    """Instructions: a thread's own, of each vector column it looks up, of each vector it does, and of a seam."""
     columns = plan.lanes_down * plan.across // THREADS
-    thread = 80 + columns * (LOOKUP_COST[plan.lookup] + 64 * plan.depth)
+    thread = 80 + columns * (LOOKUP_COST[plan.lookup] + 64 * plan.depth) + SEAM_COST * plan.seams
     return plan.programs * thread, plan.copies

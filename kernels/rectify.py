@@ -6,8 +6,7 @@ no longer equal eager's bit for bit.
 
 All loads of a thread come before the slopes are made, and a barrier behind them (`tl.debug_barrier`: one instruction;
 no thread waits for data) keeps ptxas from moving them behind the arithmetic of the first. Without it PReLU's backward
-had 80 of its 256 bytes a thread under way on B200, the divisor law's forward 16 of 128. A backward without grad_weight
-does without: its two loads an element keep enough under way.
+had 80 of its 256 bytes a thread under way on B200, the divisor law's forward 16 of 128.
 """
 
 import triton
@@ -18,12 +17,28 @@ from .traffic import launch_metadata
 
 
 @triton.jit
+def _plane(origin, inner):
+    """Of the channel's plane that the place ``origin`` of a row is in: (its index, the place where it ends)."""
+    inner = tl.cast(inner, origin.dtype)
+    plane = origin // inner
+    return plane, (plane + 1) * inner
+
+
+@triton.jit
 def _channel_values(
-    pointer, first, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr
+    pointer, first, origin, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """The parameter of each element: ``first`` (1, 1, G, 1) is the place in the row of each vector's first element."""
+    """The parameter of each element: ``first`` (1, 1, G, 1) is the place in the row of each vector's first element.
+
+    In a tile of at most two channels, ``origin`` is its first place, and ``first`` may be places of elements as well.
+    """
     if LOOKUP == "one":
         value = tl.load(pointer).to(COMPUTE)
+    elif LOOKUP == "tile" or LOOKUP == "seam":
+        plane, end = _plane(origin, inner)
+        channel = plane % tl.cast(channels, origin.dtype)
+        following = tl.where(channel + 1 == tl.cast(channels, origin.dtype), 0, channel + 1)
+        value = tl.where(first < end, tl.load(pointer + channel).to(COMPUTE), tl.load(pointer + following).to(COMPUTE))
     else:
         inner = tl.cast(inner, first.dtype)
         channels = tl.cast(channels, first.dtype)
@@ -95,23 +110,35 @@ def _derivative(grad, z, slope, RULE: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    row, columns, vectors, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr
-):
-    """This program's tile: its first row's vector, each vector's place behind that, its column, and two masks."""
-    program = tl.program_id(0)
-    column = program % columns
-    top = (program // columns) * (DEPTH * DOWN)
+def _tile(row, columns, vectors, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr):
+    """This program's tile: its rows' number, their first vector, the vectors left from there; its rows; its corner."""
+    column, chunk = tl.program_id(0), 0
+    if DEPTH > 1:  # else there is one row only
+        chunk = column // columns
+        column -= chunk * columns
     r = tl.arange(0, DEPTH)[:, None, None, None] * DOWN + tl.arange(0, DOWN)[None, :, None, None]
     if WIDE:
         column = column.to(tl.int64)
         r = r.to(tl.int64)
-    g = column * ACROSS + tl.arange(0, ACROSS)[None, None, :, None]
-    start = top.to(tl.int64) * row
-    limit = tl.minimum(vectors - start, 0x7FFFFFFF if not WIDE else vectors)
+    start = tl.cast(chunk * (DEPTH * DOWN), tl.int64) * row
+    left = tl.minimum(vectors - start, 0x7FFFFFFF if not WIDE else vectors)
+    return chunk, start, left if WIDE else left.to(tl.int32), r, column * ACROSS
+
+
+@triton.jit
+def _vectors(r, corner, row, left, ACROSS: tl.constexpr):
+    """A tile's vectors: their columns, their places behind its start, whether in the row, whether in the tensor too."""
+    g = corner + tl.arange(0, ACROSS)[None, None, :, None]
     behind = r * row + g
     in_row = g < row
-    return start, behind, g, in_row, in_row & (behind < (limit if WIDE else limit.to(tl.int32)))
+    return g, behind, in_row, in_row & (behind < left)
+
+
+@triton.jit
+def _seam(corner, inner, V: tl.constexpr, WIDE: tl.constexpr):
+    """The first vector behind the tile's corner that holds elements of two channels; -1 if they change between two."""
+    _, end = _plane(_unsigned(corner * V, WIDE), inner)
+    return tl.where(end % V == 0, -1, (end // V).to(corner.dtype))
 
 
 @triton.jit
@@ -141,24 +168,27 @@ def _each(lookup):
 
 
 @triton.constexpr_function
-def _looked_up_first(bias, weight):
-    """Whether the parameters come before the inputs. A column's eight or sixteen look-ups take many registers:
-    behind the loads they made ptxas spill. One or two look-ups do better behind: till then nothing can use an input."""
-    return "element" in (bias, weight)
+def _looked_up_first(rule, bias, weight):
+    """Whether the parameters come before the inputs. If not, nothing can use an input before they are there.
+
+    But a column's eight or sixteen look-ups take many registers: behind the loads they made ptxas spill. And so did
+    any where little else happens.
+    """
+    return rule in ("relu", "leaky_relu") or "element" in (bias, weight)
 
 
 @triton.jit
 def _parameters(
-    bias, weight, channels, inner, first, mask,
+    bias, weight, channels, inner, first, origin, mask,
     BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """(bias, weight) of each element; BIAS and WEIGHT are the lookups of the two parameters, or "" for none."""
     shift = 0.0
     if BIAS != "":
-        shift = _channel_values(bias, first, inner, channels, mask, BIAS, V, COMPUTE)
+        shift = _channel_values(bias, first, origin, inner, channels, mask, BIAS, V, COMPUTE)
     learned = 0.0
     if WEIGHT != "":
-        learned = _channel_values(weight, first, inner, channels, mask, WEIGHT, V, COMPUTE)
+        learned = _channel_values(weight, first, origin, inner, channels, mask, WEIGHT, V, COMPUTE)
     return shift, learned
 
 
@@ -172,6 +202,17 @@ def _forward(
     tl.store(out + offset, _rectify(z, slope, RULE).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _forward_few(
+    input, out, bias, weight, seed, lower, upper, channels, inner, vector, first, origin, offset, mask,
+    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The elements that the tiles leave out: behind the last whole vector, or in a vector of two channels."""
+    shift, learned = _parameters(bias, weight, channels, inner, first, origin, mask, BIAS, WEIGHT, V, COMPUTE)
+    slope = _slope(learned, vector, seed, lower, upper, RULE, V, COMPUTE)
+    _forward(tl.load(input + offset, mask=mask), out, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
+
+
 @triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
 def forward(
     input, out, bias, weight, seed, lower: "i64", upper: "i64", channels, inner, row, columns, vectors, tail, tail_at,
@@ -181,53 +222,69 @@ def forward(
 ):  # fmt: skip
     """out = rectify(input + bias); BIAS and WEIGHT are the lookups of the two parameters, or ""."""
     j = tl.arange(0, V)[None, None, None, :]
-    start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    at, offset = start * V, behind * V + j
-    FIRST: tl.constexpr = _looked_up_first(BIAS, WEIGHT)
+    _, start, left, r, corner = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
+    g, behind, in_row, mask = _vectors(r, corner, row, left, ACROSS)
+    at, origin = start * V, _unsigned(corner * V, WIDE)
+    if BIAS == "seam" or WEIGHT == "seam":
+        seam = _seam(corner, inner, V, WIDE)
+        mask &= g != seam
+    FIRST: tl.constexpr = _looked_up_first(RULE, BIAS, WEIGHT)
     if FIRST:
         shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
         )  # fmt: skip
-    x = tl.load(input + at + offset, mask=mask)
+    x = tl.load(input + at + (behind * V + j), mask=mask)
     tl.debug_barrier()
     if not FIRST:
         shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
         )  # fmt: skip
     slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
-    _forward(x, out + at, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
+    _forward(x, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
+    if BIAS == "seam" or WEIGHT == "seam":
+        if (seam >= 0) & (seam < tl.minimum(corner + ACROSS, row)):
+            within = r * row + seam
+            _forward_few(
+                input + at, out + at, bias, weight, seed, lower, upper, channels, inner, _counted(start + within, FAR),
+                _unsigned(seam * V + j, WIDE), origin, within * V + j, (within < left) & (j >= 0),
+                RULE, BIAS, WEIGHT, V, COMPUTE,
+            )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            last_shift, last_learned = _parameters(
-                bias, weight, channels, inner, first, ragged, _each(BIAS), _each(WEIGHT), V, COMPUTE
+            _forward_few(
+                input, out, bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, origin,
+                last * V + j, ragged, RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
-            last_slope = _slope(last_learned, _counted(last, FAR), seed, lower, upper, RULE, V, COMPUTE)
-            last_x = tl.load(input + (last * V + j), mask=ragged)
-            _forward(last_x, out, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE)
 
 
 @triton.jit
 def _store_sums(
-    partials, values, g, row, inner, columns, entries, stride, LOOKUP: tl.constexpr, V: tl.constexpr,
-    ACROSS: tl.constexpr, SEGMENT: tl.constexpr, SUMS: tl.constexpr,
+    partials, values, seams, seam, g, chunk, corner, row, inner, entries, stride,
+    LOOKUP: tl.constexpr, V: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, SUMS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile's sums: each column's, or each segment's of the channel it starts in and of the next one.
 
-    ``values`` (DEPTH, DOWN, ACROSS, V) holds the summands of grad_bias or grad_weight, or (..., V, 2) those of both.
+    ``values`` (DEPTH, DOWN, ACROSS, V) holds the summands of grad_bias or grad_weight, or (..., V, 2) those of both;
+    ``seams`` the two sums of the vector ``seam``, which holds elements of both channels.
     """
     values = tl.sum(tl.sum(values, axis=0), axis=0)  # first a thread's own rows, then the threads below
-    to = partials + (tl.program_id(0) // columns).to(tl.int64) * entries
+    to = partials + tl.cast(chunk, tl.int64) * entries
     vector = tl.reshape(g, ACROSS)
-    element = vector[:, None] * V + tl.arange(0, V)[None, :]
     if SEGMENT == 0:
+        element = vector[:, None] * V + tl.arange(0, V)[None, :]
         at = _by_sum(element, stride, 2, SUMS)
         tl.store(to + at, values, mask=_by_sum(element < row * V, None, 2, SUMS))
     else:
         begin = (vector - tl.arange(0, ACROSS) % SEGMENT) * V
-        boundary = (begin // inner + 1) * inner
+        if LOOKUP == "tile" or LOOKUP == "seam":
+            _, end = _plane(_unsigned(corner * V, WIDE), inner)
+            boundary = tl.where(begin < end.to(begin.dtype), end.to(begin.dtype), (begin + SEGMENT * V))
+        else:
+            boundary = (begin // inner + 1) * inner
         if LOOKUP == "split":
-            belongs = _by_sum(element < boundary[:, None], None, 2, SUMS)
+            belongs = _by_sum(tl.arange(0, V)[None, :] < (boundary - vector * V)[:, None], None, 2, SUMS)
             head = tl.sum(tl.where(belongs, values, 0.0), axis=1)
             rest = tl.sum(tl.where(belongs, 0.0, values), axis=1)
         else:
@@ -238,9 +295,22 @@ def _store_sums(
         count: tl.constexpr = ACROSS // SEGMENT
         both = tl.join(head, rest)
         both = tl.reshape(both, count, SEGMENT, 2, 2) if SUMS == 2 else tl.reshape(both, count, SEGMENT, 2)
-        segment = tl.program_id(0) % columns * count + tl.arange(0, count)
+        segment = corner // SEGMENT + tl.arange(0, count)
         at = segment[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(to + _by_sum(at, stride, 1, SUMS), tl.sum(both, axis=1))
+        both = tl.sum(both, axis=1)
+        if LOOKUP == "seam":
+            mine = segment[:, None] == seam // SEGMENT
+            both += tl.where(tl.expand_dims(mine, 2) if SUMS == 2 else mine, seams, 0.0)
+        tl.store(to + _by_sum(at, stride, 1, SUMS), both)
+
+
+@triton.jit
+def _sum_seam(values, seam, corner, inner, V: tl.constexpr, SUMS: tl.constexpr, WIDE: tl.constexpr):
+    """Sums of the seam's vector, of the channel before it and the one behind it: (1, 2), or (1, 2, 2) of two sums."""
+    values = tl.sum(tl.sum(values, axis=0), axis=0)
+    _, end = _plane(_unsigned(corner * V, WIDE), inner)
+    before = _by_sum(_unsigned(seam * V + tl.arange(0, V)[None, :], WIDE) < end, None, 2, SUMS)
+    return tl.join(tl.sum(tl.where(before, values, 0.0), axis=1), tl.sum(tl.where(before, 0.0, values), axis=1))
 
 
 @triton.jit
@@ -287,6 +357,18 @@ def _summands(dx, dw, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr):
     return values
 
 
+@triton.jit
+def _backward_few(
+    grad, saved, grad_input, bias, weight, seed, lower, upper, channels, inner, vector, first, origin, offset, mask,
+    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The elements that the tiles leave out: behind the last whole vector, or in a vector of two channels."""
+    shift, learned = _parameters(bias, weight, channels, inner, first, origin, mask, BIAS, WEIGHT, V, COMPUTE)
+    slope = _slope(learned, vector, seed, lower, upper, RULE, V, COMPUTE)
+    dy, x = _load_both(grad, saved, offset, mask)
+    return _backward(dy, x, grad_input, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
+
+
 @triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
 def backward(
     grad, saved, grad_input, bias, weight, seed, partials, tails, lower: "i64", upper: "i64",
@@ -301,37 +383,49 @@ def backward(
     ``saved`` is the output (BIAS == "") or the convolution's, to which the bias is added again.
     """
     j = tl.arange(0, V)[None, None, None, :]
-    start, behind, g, in_row, mask = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    at, offset = start * V, behind * V + j
-    FIRST: tl.constexpr = _looked_up_first(BIAS, WEIGHT)
+    chunk, start, left, r, corner = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
+    g, behind, in_row, mask = _vectors(r, corner, row, left, ACROSS)
+    at, origin = start * V, _unsigned(corner * V, WIDE)
+    seam = -1
+    if LOOKUP == "seam":
+        seam = _seam(corner, inner, V, WIDE)
+        mask &= g != seam
+    FIRST: tl.constexpr = _looked_up_first(RULE, BIAS, WEIGHT)
     if FIRST:
         shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
         )  # fmt: skip
-    dy, x = _load_both(grad + at, saved + at, offset, mask)
-    if SUM_WEIGHT:
-        tl.debug_barrier()
+    dy, x = _load_both(grad + at, saved + at, behind * V + j, mask)
+    tl.debug_barrier()
     if not FIRST:
         shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), in_row, BIAS, WEIGHT, V, COMPUTE
+            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
         )  # fmt: skip
     slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
-    dx, dw = _backward(dy, x, grad_input + at, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
+    dx, dw = _backward(dy, x, grad_input + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
+    seams = tl.zeros((1, 2, 2) if SUMS == 2 else (1, 2), COMPUTE)
+    if LOOKUP == "seam":
+        if (seam >= 0) & (seam < tl.minimum(corner + ACROSS, row)):
+            within = r * row + seam
+            seam_dx, seam_dw = _backward_few(
+                grad + at, saved + at, grad_input + at, bias, weight, seed, lower, upper, channels, inner,
+                _counted(start + within, FAR), _unsigned(seam * V + j, WIDE), origin, within * V + j,
+                (within < left) & (j >= 0), RULE, BIAS, WEIGHT, V, COMPUTE,
+            )  # fmt: skip
+            if SUMS > 0:
+                values = _summands(seam_dx, seam_dw, SUM_BIAS, SUM_WEIGHT)
+                seams = _sum_seam(values, seam, corner, inner, V, SUMS, WIDE)
     if SUMS > 0:
         _store_sums(
-            partials, _summands(dx, dw, SUM_BIAS, SUM_WEIGHT), g, row, inner, columns, entries, stride,
-            LOOKUP, V, ACROSS, SEGMENT, SUMS,
+            partials, _summands(dx, dw, SUM_BIAS, SUM_WEIGHT), seams, seam, g, chunk, corner, row, inner, entries,
+            stride, LOOKUP, V, ACROSS, SEGMENT, SUMS, WIDE,
         )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:
             last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            last_shift, last_learned = _parameters(
-                bias, weight, channels, inner, first, ragged, _each(BIAS), _each(WEIGHT), V, COMPUTE
-            )  # fmt: skip
-            last_slope = _slope(last_learned, _counted(last, FAR), seed, lower, upper, RULE, V, COMPUTE)
-            last_dy, last_x = _load_both(grad, saved, last * V + j, ragged)
-            last_dx, last_dw = _backward(
-                last_dy, last_x, grad_input, last_shift, last_slope, last * V + j, ragged, RULE, BIAS, COMPUTE
+            last_dx, last_dw = _backward_few(
+                grad, saved, grad_input, bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first,
+                origin, last * V + j, ragged, RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
             )  # fmt: skip
             if SUMS > 0:
                 values = tl.reshape(_summands(last_dx, last_dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import amdgcn, roofline, sass
 from .compiling import Case, Launch, launches
-from .instructions import Code, Instruction, classes
+from .instructions import Code, classes
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Counts are an element of the main path, of a thread or of a program, as named; bytes throughout."""
+    """Counts are an element, of a thread or of a program, as named; bytes throughout.
+
+    Where a share of the programs does a vector of two channels one by one (`Plan.seams`), an element's count is the
+    average: the main path's, and that share of all other instructions.
+    """
 
     kernel: str  # "forward", "backward" or "finish"
     elements: int  # a thread does
@@ -49,18 +54,21 @@ def of_case(case: Case) -> list[dict[str, Any]]:
 
 def of_launch(case: Case, launch: Launch) -> Figures:
     code = read(launch)
-    path = code.main_path()
     plan = launch.variant.plan
     rows = plan.depth * plan.lanes_down
     # The finishing sum has no elements of the tensor: its counts are a thread's, loops taken once.
     elements = 1 if launch.name == "finish" else max(1, rows * plan.across * plan.vector // launch.threads)
-    prediction = _prediction(case, launch, code, path, elements)
+    path = code.main_path()
+    paths = [(1.0, path)]
+    if launch.name != "finish" and plan.seams:
+        paths.append((plan.seams, code.rest()))
+    prediction = _prediction(case, launch, code, paths, elements)
     return Figures(
         kernel=launch.name,
         elements=elements,
-        instructions=len(path) / elements,
+        instructions=sum(share * len(part) for share, part in paths) / elements,
         body=len(code.body()) / elements,
-        by_class={kind: n / elements for kind, n in sorted(classes(path).items())},
+        by_class=_by_class(paths, elements),
         registers=code.registers,
         spills=code.spills,
         shared=code.shared,
@@ -85,13 +93,21 @@ def read(launch: Launch) -> Code:
     return amdgcn.parse(launch.kernel.asm["amdgcn"], launch.name, shared)
 
 
-def _prediction(case: Case, launch: Launch, code: Code, path: list[Instruction], elements: int) -> dict[str, Any]:
+def _by_class(paths: roofline.Paths, elements: int) -> dict[str, float]:
+    count: defaultdict[str, float] = defaultdict(float)
+    for share, part in paths:
+        for kind, n in classes(part).items():
+            count[kind] += share * n / elements
+    return dict(sorted(count.items()))
+
+
+def _prediction(case: Case, launch: Launch, code: Code, paths: roofline.Paths, elements: int) -> dict[str, Any]:
     gpu = roofline.GPUS.get(case.target)
     if gpu is None or launch.name == "finish":
         return {}
     found = roofline.predict(
         gpu,
-        path,
+        paths,
         elements=elements,
         bytes_per_element=launch.bytes / case.size,
         threads=launch.threads,

@@ -1,8 +1,8 @@
 """Machine code as instructions and their control flow, whatever the vendor: what `sass.py` and `amdgcn.py` read.
 
 The figures of a kernel are those of its main path: the cheapest way from the entry to an exit that passes as many of
-the widest accesses as any way does, loops taken once. That leaves out the elements behind the last whole vector, which
-one program of the launch does.
+the widest accesses as any way does, loops taken once. The rest does elements one by one: those behind the last whole
+vector, in one program of the launch, and those of a vector of two channels, in a share of them (`Plan.seams`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Code:
 
     def main_path(self) -> list[Instruction]:
         return [self.instructions[i] for i in _path(self.instructions)]
+
+    def rest(self) -> list[Instruction]:
+        """The instructions that are not on the main path."""
+        rest = Counter(self.instructions) - Counter(self.main_path())
+        return [i for i in rest.elements() if i.kind != "padding"]
 
     def body(self) -> list[Instruction]:
         """The main path from its first to its last access of the widest kind: without the prologue."""

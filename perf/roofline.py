@@ -8,7 +8,7 @@ over the largest of the three. `ASSUMPTIONS` says what that leaves out; docs/ins
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .instructions import Instruction
@@ -19,6 +19,8 @@ ASSUMPTIONS = (
     "each scheduler issues one warp instruction a cycle; integer and conversion units take two cycles an instruction",
     "launches, the finishing sum, cache hits and the ramp of the first and last programs are left out",
 )
+# The parts of a kernel, each with the share of its threads that go through it.
+Paths = Sequence[tuple[float, Sequence[Instruction]]]
 SCHEDULERS = 4
 LANES = 32
 
@@ -73,23 +75,24 @@ def occupancy(gpu: GPU, threads: int, registers: int, shared: int) -> int:
     return min(limits)
 
 
-def slots(gpu: GPU, path: Iterable[Instruction]) -> dict[str, int]:
-    """Scheduler cycles that a warp's walk down ``path`` takes of the issue port and of each unit."""
-    taken = dict.fromkeys(("issue", *gpu.cycles), 0)
-    for instruction in path:
-        taken["issue"] += 1
-        if instruction.pipe:
-            # A multiprocessor has one load-store unit: 32 lanes of 4 bytes a cycle, for four schedulers.
-            times = max(1, instruction.width // 4) if instruction.pipe == "load-store" else 1
-            taken[instruction.pipe] += gpu.cycles[instruction.pipe] * times
+def slots(gpu: GPU, paths: Paths) -> dict[str, float]:
+    """Scheduler cycles of the issue port and of each unit that a warp takes on average."""
+    taken = dict.fromkeys(("issue", *gpu.cycles), 0.0)
+    for share, path in paths:
+        for instruction in path:
+            taken["issue"] += share
+            if instruction.pipe:
+                # A multiprocessor has one load-store unit: 32 lanes of 4 bytes a cycle, for four schedulers.
+                times = max(1, instruction.width // 4) if instruction.pipe == "load-store" else 1
+                taken[instruction.pipe] += share * gpu.cycles[instruction.pipe] * times
     # Multiplication of integers occupies half of the float unit, so together they take what the unit as a whole gives.
-    taken["fma"] += taken.pop("packed") + taken["imad"] * gpu.cycles["fma"] // 2
+    taken["fma"] += taken.pop("packed") + taken["imad"] * gpu.cycles["fma"] / 2
     return taken
 
 
 def predict(
     gpu: GPU,
-    path: Iterable[Instruction],
+    paths: Paths,
     *,
     elements: int,
     bytes_per_element: float,
@@ -100,7 +103,7 @@ def predict(
     programs: int,
 ) -> Prediction:
     """One launch of ``programs`` programs; each thread does ``elements``, with ``in_flight`` bytes under way."""
-    taken = slots(gpu, path)
+    taken = slots(gpu, paths)
     unit = max(taken, key=lambda name: taken[name])
     rate = gpu.multiprocessors * SCHEDULERS * LANES * gpu.clock
     resident = occupancy(gpu, threads, registers, shared)

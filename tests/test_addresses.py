@@ -80,11 +80,13 @@ def dense(flat, shape, layout):
     return flat.view(n, *rest, c).movedim(-1, 1)
 
 
-# An odd period in both layouts, so that there is a tail, and one row of more than 2^31 elements (64-bit places in it).
+# An odd period in both layouts, so that there is a tail, and one row of more than 2^31 elements (64-bit places in it),
+# with and without a vector of two channels in the last tiles.
 LARGE = [
     ((6_900_000, 5, 9, 7), "contiguous"),
     ((6_900_000, 5, 9, 7), "channels_last"),
     ((1, 3, 2**30 + 5), "contiguous"),
+    ((1, 240_002, 9001), "contiguous"),
 ]
 
 

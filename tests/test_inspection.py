@@ -45,6 +45,7 @@ def test_sass_is_counted_by_class_on_the_main_path():
     assert len(found.instructions) == 13  # without the padding
     expected = {"move": 2, "wide multiply": 1, "load": 3, "float": 2, "store": 1, "control": 1}
     assert instructions.classes(found.main_path()) == expected  # and without the two-byte accesses of the last elements
+    assert [i.opcode for i in found.rest()] == ["LDG.E.U16", "STG.E.U16", "EXIT"]
     assert (found.body()[0].opcode, found.body()[-1].opcode) == ("LDG.E.128", "STG.E.128")
     assert found.in_flight() == 32  # the third load waits for the first one's use
 
@@ -135,9 +136,9 @@ H100 = roofline.GPUS["sm_90"]
 
 
 def predicted(**changed):
-    path = [Instruction("FADD", "", "float", "fma")] * 300
+    paths = [(1.0, [Instruction("FADD", "", "float", "fma")] * 300)]
     usual = {"elements": 32, "bytes_per_element": 4.0, "threads": 128, "registers": 32, "shared": 0, "in_flight": 64}
-    return roofline.predict(H100, changed.pop("path", path), **{**usual, "programs": 10**5, **changed})
+    return roofline.predict(H100, changed.pop("paths", paths), **{**usual, "programs": 10**5, **changed})
 
 
 def test_the_roofline_model():
@@ -151,12 +152,16 @@ def test_the_roofline_model():
     assert predicted(elements=4) == roofline.Prediction(
         pytest.approx(35.4 / 75, rel=0.01), "issue", 16, 131072, pytest.approx(35.4, rel=0.01)
     )
-    alu = predicted(path=[Instruction("LOP3", "", "integer", "alu")] * 300, elements=8)
-    assert alu.bound == "alu" and alu.fraction == pytest.approx(35.4 * 8 / 600, rel=0.01)
+    alu = [Instruction("LOP3", "", "integer", "alu")] * 300
+    assert predicted(paths=[(1.0, alu)], elements=8).bound == "alu"
+    assert predicted(paths=[(1.0, alu)], elements=8).fraction == pytest.approx(35.4 * 8 / 600, rel=0.01)
+    half = predicted(paths=[(0.5, []), (0.5, alu)], elements=4)  # every other program takes none
+    assert half.bound == "alu" and half.fraction == pytest.approx(35.4 * 8 / 600, rel=0.01)
     # 8 stores of 16 bytes take 16 cycles each of the load-store unit, which leaves what the bytes take as it is.
-    storing = predicted(path=[Instruction("STG", "", "store", "load-store", 16)] * 8, elements=4, bytes_per_element=12.0)
+    store = Instruction("STG", "", "store", "load-store", 16)
+    storing = predicted(paths=[(1.0, [store] * 8)], elements=4, bytes_per_element=12.0)
     assert storing.bound == "memory" and storing.fraction == 1.0
-    storing = predicted(path=[Instruction("STG", "", "store", "load-store", 16)] * 16, elements=4)
+    storing = predicted(paths=[(1.0, [store] * 16)], elements=4)
     assert storing.bound == "load-store" and storing.fraction == pytest.approx(35.4 * 4 / 256, rel=0.01)
     starved = predicted(programs=132, in_flight=16)
     assert starved.bound == "in flight" and starved.fraction == pytest.approx(128 * 16 / H100.needed)

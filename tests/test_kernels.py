@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import fused_rect as fr
 from fused_rect import eager, reference
 from fused_rect.kernels import launch, rectify
+from fused_rect.kernels import plan as planner
 from fused_rect.rectifiers import saves_output
 
 pytestmark = pytest.mark.ptx
@@ -160,6 +161,10 @@ EXAMPLES = settings(max_examples=40 if INTERPRETED else 25, phases=(Phase.explic
 @EXAMPLES
 @given(cases(dtypes=[torch.float32]))
 def test_float32_equals_eager_bit_for_bit(case):
+    equals_eager(case)
+
+
+def equals_eager(case):
     out = case.forward(launch)
     expected = torch.empty_like(case.input)
     case.forward(eager, expected)
@@ -185,6 +190,10 @@ def test_float32_equals_eager_bit_for_bit(case):
 @EXAMPLES
 @given(cases(dtypes=[d for d in DTYPES if d != torch.float32]))
 def test_other_dtypes_are_as_near_to_float64_as_their_rounding_allows(case):
+    is_near_float64(case)
+
+
+def is_near_float64(case):
     out = case.forward(launch)
     exact = {name: None if t is None else t.double() for name, t in vars(case).items() if name in ("bias", "weight")}
     slopes = case.slopes()
@@ -211,6 +220,39 @@ def test_other_dtypes_are_as_near_to_float64_as_their_rounding_allows(case):
     if grad_weight is not None:
         products = torch.where(z > 0, 0.0, case.grad.double() * z)
         assert sums_to(grad_weight, products if case.dtype == torch.float64 else products.float())
+
+
+@pytest.fixture
+def tiles_of_large_tensors(monkeypatch):
+    """The planner as it is where programs are many."""
+    caches = planner.plan, launch.forward_call, launch.backward_call
+    monkeypatch.setattr(planner, "FEWEST", 1)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+# Planes wider than a tile: the channel changes inside a vector, between two, in the last vector of several rows.
+WIDE_PLANES = [((1, 3, 65, 67), "seam"), ((2, 2, 64, 65), "tile"), ((1, 4, 8193), "seam"), ((3, 2, 4097), "seam")]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule[0]}{rule[1]:+.2g}")
+@pytest.mark.parametrize(("shape", "lookup"), WIDE_PLANES)
+def test_planes_wider_than_a_tile(shape, lookup, rule):
+    size, inner = math.prod(shape), math.prod(shape[2:])
+    for dtype in DTYPES:
+        assert planner.plan(size, shape[1], inner, dtype.itemsize).lookup == lookup
+        case = Case(shape, range(len(shape)), dtype, rule, shift=3 if dtype == torch.float64 else 0)
+        (equals_eager if dtype == torch.float32 else is_near_float64)(case)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule[0]}{rule[1]:+.2g}")
+@pytest.mark.parametrize("shape", [(1, 3, 65, 67), (2, 2, 91, 92), (9, 3, 33, 31), (9, 2, 40, 40), (9001,)])
+def test_eight_vectors_a_thread(tiles_of_large_tensors, shape, rule):
+    case = Case(shape, range(len(shape)), torch.float32, rule)
+    equals_eager(case)
 
 
 def near(got, exact):
@@ -275,6 +317,7 @@ def test_one_channels_infinity_is_its_own(special):
         ((3, 5, 7), (0, 1, 2)),
         ((3, 5, 7), (0, 2, 1)),
         ((2, 5, 8, 8), (0, 1, 2, 3)),
+        ((1, 5, 2049), (0, 1, 2)),
         ((33, 5), (0, 1)),
     ):
         for name in ("weight", "bias"):

@@ -107,10 +107,29 @@ def test_every_scheme_is_right_whichever_the_planner_prefers(lookup, batch, chan
     inner = inner * 8 if lookup == "vector" else inner + (inner % 8 == 0)
     size = batch * channels * inner
     lookup = "element" if inner < 8 else lookup
-    check(planner._flat(size, channels, inner, 8, lookup))
+    for p in planner._flat(size, channels, inner, 8, lookup):
+        check(p)
     copies = 8 // math.gcd(channels * inner, 8) * data.draw(st.integers(1, 3))
     for p in planner._rows(size, channels, inner, 8, copies, lookup):
         check(p)
+
+
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(2048, 9000), st.sampled_from(ITEMSIZES))
+def test_planes_wider_than_a_tile(batch, channels, inner, itemsize):
+    """At most two channels a program, at most one vector of both, and that in the share of programs that is said."""
+    p = plan(batch * channels * inner, channels, inner, itemsize)
+    check(p)
+    assert (p.lookup in ("tile", "seam")) == (p.rows == 1 and inner >= p.across * p.vector)
+    if p.lookup not in ("tile", "seam"):
+        return
+    shared = []
+    for program in range(p.programs):
+        first = tile(p, program).reshape(-1) * p.vector
+        channel = np.stack([first, first + p.vector - 1]) // inner
+        assert len(np.unique(channel)) <= 2
+        shared.append(np.count_nonzero(channel[0] != channel[1]))
+    assert max(shared) <= 1 and 0 <= round(p.seams * p.programs) - sum(shared) <= 1  # the tensor's end may count
+    assert p.lookup == "seam" or not any(shared)
 
 
 @given(
