@@ -53,7 +53,8 @@ def parse(text: str, name: str, shared: int = 0) -> Code:
         if line.startswith(".Lfunc_end"):
             break
     instructions = tuple(_instruction(opcode, operands, labels) for opcode, operands in lines)
-    spills = 4 * (_metadata(text, "vgpr_spill_count") + _metadata(text, "sgpr_spill_count"))
+    # Scalar registers that are spilled go to lanes of a vector register: instructions, not memory.
+    spills = _metadata(text, "private_segment_fixed_size")
     return Code(name, instructions, _metadata(text, "vgpr_count"), spills, shared)
 
 

@@ -76,14 +76,15 @@ k:
 .Lfunc_end0:
 \tv_add_f32_e32 v0, v1, v2
     .vgpr_count: 33
-    .vgpr_spill_count: 1
-    .sgpr_spill_count: 2
+    .private_segment_fixed_size: 8
+    .vgpr_spill_count: 2
+    .sgpr_spill_count: 3
 """
 
 
 def test_amdgcn_is_counted_by_class():
     found = amdgcn.parse(AMDGCN, "k", shared=512)
-    assert (found.registers, found.spills, found.shared) == (33, 12, 512)
+    assert (found.registers, found.spills, found.shared) == (33, 8, 512)
     assert (found.widest("load"), found.widest("store")) == (16, 16)
     counts = instructions.classes(found.main_path())
     assert counts == {"uniform": 1, "load": 1, "float": 1, "wide multiply": 1, "shuffle": 1, "control": 2, "store": 1}
