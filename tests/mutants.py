@@ -93,6 +93,7 @@ MUTANTS = [
         "a seam where channels change between two vectors",
         "tl.where(end % V == 0, -1,",
         "tl.where(V == 0, -1,",
+        "a vector of one channel may be done as a seam as well: that takes time, and no result differs",
     ),
     Mutant(RECTIFY, "the seam's sums lost", "mine, seams, 0.0)", "mine, 0.0, 0.0)"),
     Mutant(RECTIFY, "the seam's sums in another segment", "== seam // SEGMENT", "== seam // SEGMENT + 1"),
