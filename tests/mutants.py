@@ -108,6 +108,7 @@ MUTANTS = [
         "a segment behind the boundary cut again",
         "end.to(begin.dtype), (begin + SEGMENT * V))",
         "end.to(begin.dtype), begin)",
+        "the plan's wide planes have one segment a tile, which starts before the boundary",
     ),
     Mutant(
         RECTIFY,
