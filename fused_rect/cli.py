@@ -24,8 +24,8 @@ class Command:
 
 COMMANDS = {
     "demo": Command("fused_rect.demo", "train a small network on real digits, fused and eager, and compare", "demo"),
-    "profile": Command("fused_rect.perf.cli", "measure what fusing brings on this machine", "perf"),
-    "inspect": Command("fused_rect.perf.inspection", "compile the kernels for GPUs and print their figures", "perf"),
+    "profile": Command("fused_rect.perf.profiling.cli", "measure what fusing brings on this machine", "perf"),
+    "inspect": Command("fused_rect.perf.inspection.cli", "compile the kernels for GPUs, print their figures", "perf"),
     "study": Command("fused_rect.study.cli", "repeat the evaluation of Xu et al. 2015", "study"),
     "env": Command("fused_rect.environment", "print which implementation runs here, and why", ""),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import backends, ops
-from .rewrite import Policy, Site, rewrite
+from .fusion.rewrite import Policy, Site, rewrite
 
 _VERSION = "fused_rect-rewrite-1"
 _SITES = "fused_rect.sites"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import backends
 from . import nn as fused
-from .perf.memory import peak_live_bytes
+from .perf.profiling.memory import peak_live_bytes
 from .random import new_seed
 from .reference import slopes
 from .version import __version__

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, rectifiers
+from . import ops
+from . import rules as rectifiers
 from .tracing import leaf
 
 _RELU = ("relu", 0.0, 0.0)
@@ -210,7 +211,7 @@ def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., 
         function.__module__ = __name__
         function.__doc__ = (
             f"`torch.nn.functional.{name}`, whose arguments these are, then :func:`bias_{rectifier}`, whose arguments\n"
-            "are keywords (PReLU's tensor is `slope`). What is kept for backward: see :mod:`fused_rect.rectifiers`."
+            "are keywords (PReLU's tensor is `slope`). What is kept for backward: see :mod:`fused_rect.rules`."
         )
     return tuple(leaf(function) for function in functions)
 

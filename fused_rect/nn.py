@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import functional, rectifiers
+from . import functional
+from . import rules as rectifiers
 from .functional import Rule
 from .tracing import leaf_module
 

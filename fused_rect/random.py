@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rectifiers, reference
+from . import reference
+from . import rules as rectifiers
 
 
 def new_seed(device: torch.device | str = "cpu") -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from ..rectifiers import RANDOM, saves_output
+from ..rules import RANDOM, saves_output
 from . import rectify, reduce
 from .plan import Plan, channel_layout, plan
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..rectifiers import RANDOM, saves_output
+from ..rules import RANDOM, saves_output
 
 SEED = 8
 # Floating-point operations an element beyond the bias's addition: the comparison, and the slope's product. A random

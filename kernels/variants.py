@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from ..rectifiers import saves_output
+from ..rules import saves_output
 from .launch import Call, backward_call, finish_call, forward_call
 from .plan import Plan
 

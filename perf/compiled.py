@@ -2,7 +2,7 @@
 
 For each rectifier, in training and in inference, three convolutions 3 x 3, 32 -> 32, with it on `--batch` x 32 x 48 x
 48: the time of eager torch and of plain `torch.compile` over that of `torch.compile(backend="fused_rect")`, the sites
-as chosen ("auto") and all fused ("all"). Above 1 ours is faster. :mod:`fused_rect.perf.measure` says what the intervals
+as chosen ("auto") and all fused ("all"). Above 1 ours is faster. :mod:`.profiling.measure` says what the intervals
 mean.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .measure import Case, Runs, measure
+from .profiling.measure import Case, Runs, measure
 
 RECTIFIERS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

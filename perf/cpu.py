@@ -7,7 +7,7 @@ memory       peak of live bytes of a training step of 8 such layers in a row
 overhead     convolution 3 x 3, 8 -> 8, with its rectifier on 1 x 8 x 8 x 8: what a call costs besides arithmetic
 
 Ratios are eager / fused (above 1, fused is faster), paired in interleaved rounds of fresh processes, with 95 %
-intervals (:mod:`fused_rect.perf.measure`). Bandwidth counts once each tensor that a pass must read or write, beside a
+intervals (:mod:`.profiling.measure`). Bandwidth counts once each tensor that a pass must read or write, beside a
 copy's.
 """
 
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 
-from .measure import Case, Interval, Runs, Samples, measure
-from .memory import peak_live_bytes
+from .profiling.measure import Case, Interval, Runs, Samples, measure
+from .profiling.memory import peak_live_bytes
 
 _MODULE = "fused_rect.perf.cpu"  # also where this file runs as __main__
 SHAPE = (16, 64, 56, 56)

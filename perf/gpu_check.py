@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_rect as fr
-from fused_rect import eager, rectifiers
+from fused_rect import rules as rectifiers
+from fused_rect.backends import eager
 
-from . import roofline
-from .measure import Case, measure
+from .inspection import roofline
+from .profiling.measure import Case, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")

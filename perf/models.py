@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 from fused_rect import fusion
-from fused_rect.rewrite import Site
+from fused_rect.fusion.rewrite import Site
 
-from .memory import peak_live_bytes
+from .profiling.memory import peak_live_bytes
 
 # float64: one rounding of each sum apart. float32: gradients of a deep net, relative to each tensor's largest entry.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}

@@ -18,28 +18,29 @@ class Mutant:
 
 
 PHILOX, RECTIFY, REDUCE = "kernels/philox.py", "kernels/rectify.py", "kernels/reduce.py"
-PLAN, LAUNCH, NATIVE, EAGER = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp", "fused_rect/eager.py"
+PLAN, LAUNCH, NATIVE = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp"
+EAGER = "fused_rect/backends/eager.py"
 DIRECT = "kernels/cpu/direct.cpp"
-DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/batching.py"
-DERIVATIVES, OPS = "fused_rect/derivatives.py", "fused_rect/ops.py"
+DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
+DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
 
 # The tests that run first for a file; where all of them pass, REST decides.
 FOCUSED = {
-    PHILOX: ["tests/test_philox.py", "tests/test_kernels.py"],
-    RECTIFY: ["tests/test_kernels.py"],
-    REDUCE: ["tests/test_kernels.py"],
-    PLAN: ["tests/test_plan.py"],
-    LAUNCH: ["tests/test_kernels.py"],
-    NATIVE: ["tests/test_native.py"],
-    DIRECT: ["tests/test_direct.py"],
-    EAGER: ["tests/test_kernels.py"],
-    DECOMPOSE: ["tests/test_integrations.py"],
-    SHARDING: ["tests/test_distributed.py"],
-    BATCHING: ["tests/test_integrations.py", "tests/test_ops.py"],
-    DERIVATIVES: ["tests/test_ops.py", "tests/test_integrations.py"],
-    OPS: ["tests/test_functional.py", "tests/test_ops.py", "tests/test_integrations.py"],
+    PHILOX: ["tests/kernels/test_philox.py", "tests/kernels/test_kernels.py"],
+    RECTIFY: ["tests/kernels/test_kernels.py"],
+    REDUCE: ["tests/kernels/test_kernels.py"],
+    PLAN: ["tests/kernels/test_plan.py"],
+    LAUNCH: ["tests/kernels/test_kernels.py"],
+    NATIVE: ["tests/kernels/cpu/test_native.py"],
+    DIRECT: ["tests/ops/test_direct.py"],
+    EAGER: ["tests/kernels/test_kernels.py"],
+    DECOMPOSE: ["tests/ops/test_integrations.py"],
+    SHARDING: ["tests/ops/test_distributed.py"],
+    BATCHING: ["tests/ops/test_integrations.py", "tests/ops/test_ops.py"],
+    DERIVATIVES: ["tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
+    OPS: ["tests/test_functional.py", "tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
 }
-REST = [f"tests/test_{room}.py" for room in ("plan", "philox", "kernels", "native", "direct", "addresses", "gpu_check")]
+REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/test_gpu_check.py"]
 
 MUTANTS = [
     # ---- random slopes

@@ -35,7 +35,7 @@ def arguments(rule, channels, dtype, bias=True, slopes=0):
 
 def dense(tensor):
     """``tensor`` as the op lays its output out, which is where RReLU's positions count."""
-    from fused_rect.checks import dense as lay
+    from fused_rect.ops.checks import dense as lay
 
     return lay(tensor)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_rect.perf import models
-from fused_rect.perf.memory import peak_live_bytes
+from fused_rect.perf.profiling.memory import peak_live_bytes
 
 # How many sites each has; a lower number means that fuse() lost some.
 SITES = {"RRDBNet": 14, "Compact": 5, "CUGAN UNet": 7, "DnCNN": 4, "DRUNet": 7, "VGG": 6, "HiFi-GAN": 6}

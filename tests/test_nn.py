@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_rect as fr
-from fused_rect.perf.memory import peak_live_bytes
+from fused_rect.perf.profiling.memory import peak_live_bytes
 
 RECTIFIERS = {
     "ReLU": (nn.ReLU, {}),

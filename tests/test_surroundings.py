@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SUITES = ["test_ops.py", "test_functional.py", "test_nn.py"]
+SUITES = ["ops/test_ops.py", "test_functional.py", "test_nn.py"]
 
 
 @pytest.mark.exhaustive

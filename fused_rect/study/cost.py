@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from ..perf.memory import peak_live_bytes
+from ..perf.profiling.memory import peak_live_bytes
 from .data import Dataset
 from .protocol import Protocol
 from .training import Job, Run

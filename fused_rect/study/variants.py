@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 
-from .. import functional, rectifiers
+from .. import functional
+from .. import rules as rectifiers
 from ..nn import epilogue_arguments
 
 

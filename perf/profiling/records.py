@@ -78,7 +78,7 @@ class Job:
 
 
 def collect(jobs: Sequence[Job], **how: Any) -> pd.DataFrame:
-    """Measure ``jobs``, ``how`` as :func:`fused_rect.perf.measure.measure` takes it; a frame with one row a record."""
+    """Measure ``jobs``, ``how`` as :func:`.measure.measure` takes it; a frame with one row a record."""
     results = measure.measure([job.case for job in jobs], **how)
     rows = [record for job, samples in zip(jobs, results) for record in _records(job, samples)]
     return frame([asdict(row) for row in rows])

@@ -50,5 +50,5 @@ def run(version: str, arguments: Sequence[str]) -> int:
 
 
 def environment(version: str) -> dict[str, str]:
-    path = [str(folder(version)), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(folder(version)), str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}

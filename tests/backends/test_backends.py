@@ -44,7 +44,7 @@ def test_forcing_nests_and_ends():
         assert backends.name("cpu") == "eager" and "forced" in backends.why("cpu")
         with pytest.raises(KeyError), fr.backend("triton"):
             raise KeyError
-        assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.eager"
+        assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.backends.eager"
 
 
 def test_an_unknown_name():

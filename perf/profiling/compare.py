@@ -44,7 +44,7 @@ class Comparison:
 
 
 def compare(then: pd.DataFrame, now: pd.DataFrame) -> Comparison:
-    """Cases of both frames, by :data:`fused_rect.perf.records.CASE`; those of one alone are named."""
+    """Cases of both frames, by :data:`fused_rect.perf.profiling.records.CASE`; those of one alone are named."""
     before, after = _costs(then), _costs(now)
     both = [key for key in after if key in before]
     raw = [_change(before[key], after[key]) for key in both]

@@ -244,7 +244,7 @@ def saved_bytes(call):
 @each
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_is_kept_for_backward(path, rule, in_place):
-    """The table of fused_rect.rectifiers, to the byte: one tensor of the input's size, the parameters and the seed."""
+    """The table of fused_rect.rules, to the byte: one tensor of the input's size, the parameters and the seed."""
     leaf = torch.randn(2, 4, 8, 8, requires_grad=True)
     z = leaf * 1  # what a convolution gives: nobody else holds it
     bias, weight, *rest = arguments(rule, 4, z.dtype)

@@ -11,9 +11,10 @@ from torch import nn
 import fused_rect as fr
 from fused_rect import cli
 from fused_rect.kernels import traffic
-from fused_rect.perf import peers, records, scaling, trace, workloads
-from fused_rect.perf.memory import kept_bytes
-from fused_rect.perf.workloads import RECTIFIERS, WORKLOADS, Layer, square
+from fused_rect.perf import trace
+from fused_rect.perf.profiling import peers, records, scaling, workloads
+from fused_rect.perf.profiling.memory import kept_bytes
+from fused_rect.perf.profiling.workloads import RECTIFIERS, WORKLOADS, Layer, square
 
 # One thread: threads that wait for each other take a hundred times longer on a machine that others use too.
 TINY = ["--processes", "1", "--rounds", "2", "--threads", "1"]

@@ -1,8 +1,8 @@
 """Made-up records for the tests of what is made from records."""
 
-from fused_rect.perf import records
-from fused_rect.perf.measure import Interval, verdict
-from fused_rect.perf.peers import COPY, EAGER, FUSED, MATMUL, YARDSTICKS
+from fused_rect.perf.profiling import records
+from fused_rect.perf.profiling.measure import Interval, verdict
+from fused_rect.perf.profiling.peers import COPY, EAGER, FUSED, MATMUL, YARDSTICKS
 
 
 def record(peer, seconds=1e-3, ratio=1.0, spread=1.02, degrees=4, **about):

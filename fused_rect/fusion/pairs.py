@@ -13,9 +13,9 @@ from torch.nn.modules import module as _module
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import functional
-from .checks import FLOATING
-from .nn import RReLU, epilogue_arguments, map_then
+from .. import functional
+from ..nn import RReLU, epilogue_arguments, map_then
+from ..ops.checks import FLOATING
 
 _LINEAR_MAPS: dict[Any, str] = {
     nn.Linear.forward: "linear",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
 
 Dims = tuple[int | None, ...]
 

@@ -8,7 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fused_rect import eager, rectifiers, reference
+from fused_rect import reference
+from fused_rect import rules as rectifiers
+from fused_rect.backends import eager
 from fused_rect.kernels import cpu
 from fused_rect.kernels.cpu import build, launch
 

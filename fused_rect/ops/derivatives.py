@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import add_bias, along_channels
+from ..reference import add_bias, along_channels
 
 Maybe = Tensor | None
 Saved = tuple[Tensor, Maybe, Maybe, Maybe]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_rect.perf import measure as core
-from fused_rect.perf.measure import Case, Interval, interval, measure, verdict
+from fused_rect.perf.profiling import measure as core
+from fused_rect.perf.profiling.measure import Case, Interval, interval, measure, verdict
 
 
 def build_sleepers(short, long):

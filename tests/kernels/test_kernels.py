@@ -1,4 +1,4 @@
-"""The Triton kernels against the specification: fused_rect.eager bit for bit in float32, float64 arithmetic elsewhere.
+"""The Triton kernels against the specification: the eager backend bit for bit in float32, float64 arithmetic elsewhere.
 
 Every test launches through `kernels.launch`, under Triton's interpreter or, with a PTX machine as the active driver, as
 compiled code. The tensors lie inside larger ones whose margins must survive, so that a stray access shows in both.
@@ -17,10 +17,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import fused_rect as fr
-from fused_rect import eager, reference
+from fused_rect import reference
+from fused_rect.backends import eager
 from fused_rect.kernels import launch, rectify
 from fused_rect.kernels import plan as planner
-from fused_rect.rectifiers import saves_output
+from fused_rect.rules import saves_output
 
 pytestmark = pytest.mark.ptx
 

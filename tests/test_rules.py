@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fused_rect import rectifiers
+from fused_rect import rules as rectifiers
 
 
 @pytest.mark.parametrize(

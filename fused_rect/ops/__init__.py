@@ -18,11 +18,11 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from . import backends
+from .. import backends
+from ..random import new_seed
+from ..rules import RANDOM, saves_output
 from .checks import check, check_grad, check_in_place, dense, laid_out_as, packed
 from .derivatives import backward_jvp, double_backward, forward_jvp
-from .random import new_seed
-from .rectifiers import RANDOM, saves_output
 
 Maybe = Tensor | None
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .rectifiers import saves_output
+from .. import reference
+from ..rules import saves_output
 
 
 def forward(

@@ -1,4 +1,6 @@
-"""Holds the compiled kernels to their recorded figures: `python -m fused_rect.perf.gate [--record] [--triton VERSION]`.
+"""Holds the compiled kernels to their recorded figures.
+
+`python -m fused_rect.perf.inspection.gate [--record] [--triton VERSION]`.
 
 figures.json keeps them by Triton version, one line a kernel. A kernel is worse where a thread needs more registers or
 instructions, where anything spills, and so on (`compare`); getting better is no failure, recording it lowers the bar.
@@ -17,8 +19,8 @@ from typing import Any
 import triton
 
 from . import tritons
+from .cli import SHAPES, TARGETS, collect, shape_name
 from .compiling import LAYOUTS, RECTIFIERS, Case
-from .inspection import SHAPES, TARGETS, collect, shape_name
 
 FILE = Path(__file__).with_name("figures.json")
 BATCH_OF_ONE = (1, 51, 407, 409)  # an odd count of elements too, so the last vector is not whole
@@ -92,7 +94,7 @@ def compare(name: str, now: dict[str, Any], recorded: dict[str, Any]) -> list[st
 
 def failures(now: dict[str, dict[str, Any]], recorded: dict[str, dict[str, Any]]) -> list[str]:
     missing = [
-        f"{name}: no figure is recorded; python -m fused_rect.perf.gate --record"
+        f"{name}: no figure is recorded; python -m fused_rect.perf.inspection.gate --record"
         for name in now
         if name not in recorded
     ]
@@ -128,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.triton and options.triton != installed():
         flags = [flag for flag in ("record", "quick") if getattr(options, flag)]
-        return tritons.run(options.triton, ["-m", "fused_rect.perf.gate", *(f"--{flag}" for flag in flags)])
+        return tritons.run(options.triton, ["-m", "fused_rect.perf.inspection.gate", *(f"--{flag}" for flag in flags)])
     now = measure(QUICK if options.quick else CASES)
     recorded = load().get(installed(), {})
     if options.record:

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from profiling import report
 
-from fused_rect.perf.compare import compare
-from fused_rect.perf.machine import environment
-from fused_rect.perf.page import page
+from fused_rect.perf.profiling.compare import compare
+from fused_rect.perf.profiling.machine import environment
+from fused_rect.perf.profiling.page import page
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -1,6 +1,6 @@
 """What is timed side by side in one case: the fused layer, its peers, and two yardsticks of the machine.
 
-The builders at the end run in a measuring process (:mod:`fused_rect.perf.measure`) and return its calls by name. A peer
+The builders at the end run in a measuring process (:mod:`.measure`) and return its calls by name. A peer
 that cannot run a case is there as the reason why. All calls of a case share inputs and parameters' values.
 """
 

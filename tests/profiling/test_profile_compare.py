@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from profiling import report
 
-from fused_rect.perf import records
-from fused_rect.perf.compare import compare
-from fused_rect.perf.measure import interval
+from fused_rect.perf.profiling import records
+from fused_rect.perf.profiling.compare import compare
+from fused_rect.perf.profiling.measure import interval
 
 
 def test_a_slowed_kernel_is_a_regression_and_the_others_are_unchanged():

@@ -2,14 +2,14 @@
 
 Nothing moves: every module keeps its place, its parameters and its hooks, so state_dict keys, optimizers made before,
 `.to()`, `train()`, deepcopy and pickle go on as they were. Only the class of a module that *holds* a pair changes, to a
-subclass whose forward calls the two together (:mod:`fused_rect.pairs`):
+subclass whose forward calls the two together (:mod:`fused_rect.fusion.pairs`):
 
 - a Sequential (or a subclass that keeps its forward) runs adjacent pairs as one, those across the borders of
   Sequentials inside it too;
 - a module with its own forward gets that forward with `act(conv(x))`, written nested or in two statements, as one call
-  (:mod:`fused_rect.source`). No tracing: branches, loops and attributes are read at each call, as before;
-- a module that only loops over a ModuleList of them is traced, with guards (:mod:`fused_rect.traced`);
-- an `fx.GraphModule`, such as `torch.fx.symbolic_trace` returns, has its graph rewritten (:mod:`fused_rect.rewrite`).
+  (:mod:`fused_rect.fusion.source`). No tracing: branches, loops and attributes are read at each call, as before;
+- a module that only loops over a ModuleList of them is traced, with guards (:mod:`fused_rect.fusion.traced`);
+- an `fx.GraphModule`, such as `torch.fx.symbolic_trace` returns, has its graph rewritten (:mod:`.rewrite`).
 
 Whether a pair may be fused is asked again at each call, so a hook that is added later is honoured.
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
 
-from .rectifiers import RANDOM
+from ..rules import RANDOM
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)

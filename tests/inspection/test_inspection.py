@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_rect import cli
-from fused_rect.perf import amdgcn, gate, instructions, roofline, sass, tritons
-from fused_rect.perf.compiling import Case
-from fused_rect.perf.instructions import Code, Instruction
+from fused_rect.perf.inspection import amdgcn, gate, instructions, roofline, sass, tritons
+from fused_rect.perf.inspection.compiling import Case
+from fused_rect.perf.inspection.instructions import Code, Instruction
 
 SASS = """
  Function k:
@@ -212,7 +212,7 @@ def test_figures_are_kept_one_kernel_a_line(tmp_path, monkeypatch):
 def recorded(version):
     found = gate.load().get(version)
     if found is None:
-        pytest.skip(f"no figures for Triton {version}: python -m fused_rect.perf.gate --record keeps them")
+        pytest.skip(f"no figures for Triton {version}: python -m fused_rect.perf.inspection.gate --record keeps them")
     return found
 
 
@@ -228,7 +228,7 @@ def test_every_variant_compiles_and_holds_its_figures(version):
         environment = tritons.environment(version) if version != gate.installed() else None
     except tritons.Unavailable as reason:
         pytest.skip(str(reason))
-    command = [sys.executable, "-m", "fused_rect.perf.gate"]
+    command = [sys.executable, "-m", "fused_rect.perf.inspection.gate"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Triton {version}: {len(gate.load()[version])} kernels compiled, 0 figures worse" in done.stdout

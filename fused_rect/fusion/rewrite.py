@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from . import functional, pairs
+from .. import functional
+from . import pairs
 
 _LINEAR: dict[Any, str] = {
     torch._C._nn.linear: "linear",

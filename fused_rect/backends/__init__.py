@@ -23,7 +23,7 @@ NAMES = ("auto", "triton", "native", "eager")
 _MODULES = {
     "triton": "fused_rect.kernels.launch",
     "native": "fused_rect.kernels.cpu",
-    "eager": "fused_rect.eager",
+    "eager": "fused_rect.backends.eager",
 }
 
 

@@ -1,0 +1,1 @@
+"""Throughput: workloads and peers, measured side by side in processes of their own, as records, reports and pages."""
