@@ -34,7 +34,7 @@ _DIVISOR_BOUNDS = (3.0, 8.0)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Specialization:
     """One kernel as `triton.compile` takes it."""
 
     name: str
@@ -62,7 +62,7 @@ def forward(
     bias: bool = True,
     weight: int | None = None,
     bounds: tuple[float, float] | None = None,
-) -> Variant:
+) -> Specialization:
     """The forward kernel for a (N, C, ...) tensor; ``layout``: "contiguous" or "channels_last".
 
     ``bias``: whether there is one, of C elements; ``weight``: length of PReLU's (default C); ``bounds``: the rule's.
@@ -84,7 +84,7 @@ def backward(
     bounds: tuple[float, float] | None = None,
     need_bias: bool = True,
     need_weight: bool | None = None,
-) -> list[Variant]:
+) -> list[Specialization]:
     """The backward kernel and, where anything is summed, the finishing sum; arguments as `forward`."""
     lengths = _lengths(rule, shape, bias, weight)
     need_weight = rule == "prelu" if need_weight is None else need_weight
@@ -103,7 +103,7 @@ def backward(
     return variants
 
 
-def _variant(name: str, call: Call, pointers: list[torch.dtype | None]) -> Variant:
+def _variant(name: str, call: Call, pointers: list[torch.dtype | None]) -> Specialization:
     """Types and attributes of each argument as Triton's launcher finds them, the pointers aligned."""
     names = call.kernel.arg_names
     signature: dict[str, str] = {}
@@ -123,7 +123,7 @@ def _variant(name: str, call: Call, pointers: list[torch.dtype | None]) -> Varia
     options = {key: call.constants[key] for key in ("num_warps", "enable_fp_fusion")}
     for argument in names[len(signature) :]:
         signature[argument], constexprs[argument] = "constexpr", call.constants[argument]
-    return Variant(name, call.kernel, call.grid, call.plan, signature, constexprs, attrs, options)
+    return Specialization(name, call.kernel, call.grid, call.plan, signature, constexprs, attrs, options)
 
 
 def _lengths(rule: str, shape: tuple[int, ...], bias: bool, weight: int | None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import figures, roofline
-from .compiling import DTYPES, LAYOUTS, RECTIFIERS, Case, gpu_target, in_processes
+from .compiling import DTYPES, LAYOUTS, RECTIFIERS, Step, gpu_target, in_processes
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # More than 8M elements each; the second with nothing that a vector of 4 or 8 elements divides.
@@ -57,26 +57,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    cases = [
-        Case(*variant)
+    steps = [
+        Step(*variant)
         for variant in product(options.target, options.rectifier, options.dtype, options.layout, options.shape)
     ]
-    found = collect(cases)
+    found = collect(steps)
     if options.json:
-        json.dump([{"case": asdict(case), "kernels": found[case]} for case in cases], sys.stdout, indent=1)
+        json.dump([{"step": asdict(step), "kernels": found[step]} for step in steps], sys.stdout, indent=1)
         print()
     else:
-        show(cases, found)
+        show(steps, found)
     return 0
 
 
-def collect(cases: Sequence[Case], processes: int = 2) -> dict[Case, list[dict[str, Any]]]:
-    """The figures of every kernel of every case. Triton's disk cache keeps what it has compiled before."""
+def collect(steps: Sequence[Step], processes: int = 2) -> dict[Step, list[dict[str, Any]]]:
+    """The figures of every kernel of every step. Triton's disk cache keeps what it has compiled before."""
     found = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(cases))
-        for case, kernels in in_processes(figures.of_case, cases, processes):
-            found[case] = kernels
+        task = progress.add_task("compiling", total=len(steps))
+        for step, kernels in in_processes(figures.of_step, steps, processes):
+            found[step] = kernels
             progress.advance(task)
     return found
 
@@ -85,35 +85,35 @@ def shape_name(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def show(cases: Sequence[Case], found: dict[Case, list[dict[str, Any]]]) -> None:
+def show(steps: Sequence[Step], found: dict[Step, list[dict[str, Any]]]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("target", "kernel", "dtype", "layout", "shape"):
         table.add_column(name, no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "roofline" else "right", no_wrap=True)
-    previous = cases[0].target
-    for case in cases:
-        if case.target != previous:
+    previous = steps[0].target
+    for step in steps:
+        if step.target != previous:
             table.add_section()
-            previous = case.target
-        for kernel in found[case]:
-            table.add_row(*_row(case, kernel))
+            previous = step.target
+        for kernel in found[step]:
+            table.add_row(*_row(step, kernel))
     console.print(table)
-    explain(console, {case.target for case in cases})
+    explain(console, {step.target for step in steps})
 
 
-def _row(case: Case, k: dict[str, Any]) -> list[str]:
-    name = "finishing sum" if k["kernel"] == "finish" else f"{k['kernel']} {case.rectifier}"
+def _row(step: Step, k: dict[str, Any]) -> list[str]:
+    name = "finishing sum" if k["kernel"] == "finish" else f"{k['kernel']} {step.rectifier}"
     elementwise = k["kernel"] != "finish"
     counts = [k["instructions"], k["body"], k["by_class"].get("wide multiply", 0.0)]
     fraction = "" if k["fraction"] is None else f"{k['fraction']:.2f} {k['bound']}"
     return [
-        case.target,
+        step.target,
         name,
-        SHORT[case.dtype],
-        case.layout,
-        shape_name(case.shape),
+        SHORT[step.dtype],
+        step.layout,
+        shape_name(step.shape),
         *(f"{count:.2f}" if elementwise else "" for count in counts),
         str(k["registers"]),
         _flagged(k["spills"]),

@@ -24,7 +24,7 @@ NAMES = {"nchw": "contiguous", "channels_last": "channels_last"}
 
 
 @dataclass(frozen=True)
-class Case:
+class Step:
     """One training step's calls: the forward and the backward with all its sums, bias and one slope a channel."""
 
     target: str  # "sm_90", "gfx942"
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel that a case launches, compiled."""
+    """One kernel that a step launches, compiled."""
 
     variant: Any  # kernels/variants.py's
     kernel: Any  # triton's CompiledKernel
@@ -71,28 +71,28 @@ def gpu_target(name: str) -> Any:
     raise ValueError(f"target must be like sm_90 or gfx942, got {name!r}")
 
 
-def launches(case: Case) -> list[Launch]:
-    """What ``case`` launches, compiled: its forward, its backward and the finishing sum, in that order."""
+def launches(step: Step) -> list[Launch]:
+    """What ``step`` launches, compiled: its forward, its backward and the finishing sum, in that order."""
     import triton
 
     from fused_rect.kernels import variants
 
-    dtype, target = getattr(torch, case.dtype), gpu_target(case.target)
-    arguments = case.rectifier, dtype, case.shape, NAMES[case.layout]
+    dtype, target = getattr(torch, step.dtype), gpu_target(step.target)
+    arguments = step.rectifier, dtype, step.shape, NAMES[step.layout]
     found = [variants.forward(*arguments), *variants.backward(*arguments)]
     return [
         Launch(v, triton.compile(v.source(), target=target, options=v.options), moved)
-        for v, moved in zip(found, _bytes(case, found[1].plan, dtype.itemsize))
+        for v, moved in zip(found, _bytes(step, found[1].plan, dtype.itemsize))
     ]
 
 
-def _bytes(case: Case, plan: Any, itemsize: int) -> tuple[int, int, int]:
+def _bytes(step: Step, plan: Any, itemsize: int) -> tuple[int, int, int]:
     """What forward, backward and finishing sum move: the least that the call needs, and the partial sums."""
     from fused_rect.kernels import traffic
 
-    learned = case.rectifier == "prelu"
-    channels = case.shape[1]
-    call = case.rectifier, case.size, itemsize
+    learned = step.rectifier == "prelu"
+    channels = step.shape[1]
+    call = step.rectifier, step.size, itemsize
     weight = channels if learned else 0
     sums = 1 + learned
     finish = traffic.finish(sums * plan.chunks * plan.entries, sums * channels, out_itemsize=itemsize)
@@ -103,14 +103,14 @@ def _bytes(case: Case, plan: Any, itemsize: int) -> tuple[int, int, int]:
 T = TypeVar("T")
 
 
-def in_processes(work: Callable[[Case], T], cases: Sequence[Case], processes: int = 2) -> Iterator[tuple[Case, T]]:
-    """``work`` of each case, as they come, from processes that compile and do not interpret."""
+def in_processes(work: Callable[[Step], T], steps: Sequence[Step], processes: int = 2) -> Iterator[tuple[Step, T]]:
+    """``work`` of each step, as they come, from processes that compile and do not interpret."""
     context = multiprocessing.get_context("spawn")
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with ProcessPoolExecutor(
-        min(processes, len(cases) or 1), context, initializer=torch.set_num_threads, initargs=(1,)
+        min(processes, len(steps) or 1), context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         with mock.patch.dict(os.environ, compiling, clear=True):  # the processes start at the first submission
-            futures = {pool.submit(work, case): case for case in cases}
+            futures = {pool.submit(work, step): step for step in steps}
         for future in as_completed(futures):
             yield futures[future], future.result()

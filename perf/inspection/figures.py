@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import amdgcn, roofline, sass
-from .compiling import Case, Launch, launches
+from .compiling import Launch, Step, launches
 from .instructions import Code, classes
 
 
@@ -47,12 +47,12 @@ class Figures:
         return self.by_class.get("wide multiply", 0.0)
 
 
-def of_case(case: Case) -> list[dict[str, Any]]:
-    """The figures of each distinct kernel that ``case`` launches, as plain data: it crosses processes."""
-    return [asdict(of_launch(case, launch)) for launch in launches(case)]
+def of_step(step: Step) -> list[dict[str, Any]]:
+    """The figures of each distinct kernel that ``step`` launches, as plain data: it crosses processes."""
+    return [asdict(of_launch(step, launch)) for launch in launches(step)]
 
 
-def of_launch(case: Case, launch: Launch) -> Figures:
+def of_launch(step: Step, launch: Launch) -> Figures:
     code = read(launch)
     plan = launch.variant.plan
     rows = plan.depth * plan.lanes_down
@@ -62,7 +62,7 @@ def of_launch(case: Case, launch: Launch) -> Figures:
     paths = [(1.0, path)]
     if launch.name != "finish" and plan.seams:
         paths.append((plan.seams, code.rest()))
-    prediction = _prediction(case, launch, code, paths, elements)
+    prediction = _prediction(step, launch, code, paths, elements)
     return Figures(
         kernel=launch.name,
         elements=elements,
@@ -78,7 +78,7 @@ def of_launch(case: Case, launch: Launch) -> Figures:
         load=code.widest("load"),
         store=code.widest("store"),
         in_flight=code.in_flight(),
-        bytes_per_element=launch.bytes / case.size,
+        bytes_per_element=launch.bytes / step.size,
         programs=launch.programs,
         rows=rows,
         threads=launch.threads,
@@ -101,15 +101,15 @@ def _by_class(paths: roofline.Paths, elements: int) -> dict[str, float]:
     return dict(sorted(count.items()))
 
 
-def _prediction(case: Case, launch: Launch, code: Code, paths: roofline.Paths, elements: int) -> dict[str, Any]:
-    gpu = roofline.GPUS.get(case.target)
+def _prediction(step: Step, launch: Launch, code: Code, paths: roofline.Paths, elements: int) -> dict[str, Any]:
+    gpu = roofline.GPUS.get(step.target)
     if gpu is None or launch.name == "finish":
         return {}
     found = roofline.predict(
         gpu,
         paths,
         elements=elements,
-        bytes_per_element=launch.bytes / case.size,
+        bytes_per_element=launch.bytes / step.size,
         threads=launch.threads,
         registers=code.registers,
         shared=code.shared,

@@ -20,22 +20,22 @@ import triton
 
 from . import tritons
 from .cli import SHAPES, TARGETS, collect, shape_name
-from .compiling import LAYOUTS, RECTIFIERS, Case
+from .compiling import LAYOUTS, RECTIFIERS, Step
 
 FILE = Path(__file__).with_name("figures.json")
 BATCH_OF_ONE = (1, 51, 407, 409)  # an odd count of elements too, so the last vector is not whole
 VARIANTS = [*product(["bfloat16"], [SHAPES[1], BATCH_OF_ONE]), ("float16", SHAPES[0]), ("float32", SHAPES[1])]
-CASES = [
-    Case(target, rectifier, dtype, layout, shape)
+STEPS = [
+    Step(target, rectifier, dtype, layout, shape)
     for target, rectifier, layout, (dtype, shape) in product(TARGETS, RECTIFIERS, LAYOUTS, VARIANTS)
 ]
 # What `make test` compiles: every rectifier and both layouts on the newest target but one, RReLU on the newest.
 QUICK = [
-    case
-    for case in CASES
-    if case.dtype == "bfloat16"
-    and case.shape == SHAPES[1]
-    and (case.target == "sm_90" or (case.target == "sm_100" and case.rectifier == "rrelu"))
+    step
+    for step in STEPS
+    if step.dtype == "bfloat16"
+    and step.shape == SHAPES[1]
+    and (step.target == "sm_90" or (step.target == "sm_100" and step.rectifier == "rrelu"))
 ]
 
 MORE_IS_WORSE = {
@@ -52,8 +52,8 @@ COSTLY = ("wide multiply", "special", "load", "store", "shared", "shuffle", "loc
 ROUNDING = 0.001  # figures are kept with three digits behind the point
 
 
-def key(case: Case, kernel: str) -> str:
-    return f"{case.target} {kernel} {case.rectifier} {case.dtype} {case.layout} {shape_name(case.shape)}"
+def key(step: Step, kernel: str) -> str:
+    return f"{step.target} {kernel} {step.rectifier} {step.dtype} {step.layout} {shape_name(step.shape)}"
 
 
 def kept(figures: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def kept(figures: dict[str, Any]) -> dict[str, Any]:
     return {"instructions": round(figures["instructions"], 3), **counts, "classes": classes}
 
 
-def measure(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
-    found = collect(cases)
-    return {key(case, k["kernel"]): kept(k) for case in cases for k in found[case]}
+def measure(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    found = collect(steps)
+    return {key(step, k["kernel"]): kept(k) for step in steps for k in found[step]}
 
 
 def compare(name: str, now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
@@ -125,13 +125,13 @@ def installed() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-rect-gate", description=__doc__)
     parser.add_argument("--record", action="store_true", help="keep what is measured as the figures to hold")
-    parser.add_argument("--quick", action="store_true", help="the cases of `make test` alone")
+    parser.add_argument("--quick", action="store_true", help="the steps of `make test` alone")
     parser.add_argument("--triton", metavar="VERSION", help="in an environment of its own; default: the installed one")
     options = parser.parse_args(arguments)
     if options.triton and options.triton != installed():
         flags = [flag for flag in ("record", "quick") if getattr(options, flag)]
         return tritons.run(options.triton, ["-m", "fused_rect.perf.inspection.gate", *(f"--{flag}" for flag in flags)])
-    now = measure(QUICK if options.quick else CASES)
+    now = measure(QUICK if options.quick else STEPS)
     recorded = load().get(installed(), {})
     if options.record:
         save(installed(), {**recorded, **now} if options.quick else now)

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import jobs, records, report
+from . import cases, records, report
 from .compare import Comparison, compare
 from .machine import environment
+from .measure import Case
 from .peers import LAYOUTS, MODES
 from .scaling import AXES
 from .workloads import RECTIFIERS, WORKLOADS
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         options.processes, options.budget = min(options.processes, 3), min(options.budget, 20.0)
     try:
         old = _checked(options)
-        work = jobs.jobs(options)
+        work = cases.asked(options)
     except (ValueError, RuntimeError, TypeError) as error:
         print(f"fused-rect profile: {error}", file=sys.stderr)
         return 2
@@ -157,7 +158,7 @@ def _check_model(options: argparse.Namespace) -> None:
             print(f"  {site}")
 
 
-def _measured(work: list[records.Job], options: argparse.Namespace, console: Console) -> Any:
+def _measured(work: list[Case], options: argparse.Namespace, console: Console) -> Any:
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,

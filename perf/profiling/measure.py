@@ -41,7 +41,7 @@ import torch
 from .memory import kept_bytes, peak_live_bytes
 
 CONFIDENCE = 0.95
-FEWEST = 2  # rounds, however little time there is
+LEAST_ROUNDS = 2  # rounds, however little time there is
 Runs = Mapping[str, "Callable[[], Any] | str"]  # a call by name, or why there is none
 
 
@@ -50,7 +50,7 @@ class Case:
     """What one round compares: ``build``, as :func:`named` reads it, called with ``arguments`` (JSON) gives the calls.
 
     device: where the calls run. threads: torch's number of them, 0 for its own choice. memory: note each call's peak of
-    live bytes and what it keeps for backward.
+    live bytes and what it keeps for backward. about: what its records say of it.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Case:
     device: str = "cpu"
     threads: int = 0
     memory: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _sampled(case: Case, process: int, rounds: int, least: float, patience: floa
     samplers = {name: _sampler(run, case.device, least) for name, run in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        if turn >= FEWEST and time.monotonic() > end:
+        if turn >= LEAST_ROUNDS and time.monotonic() > end:
             break
         for name in _rotated(list(calls), process + turn):
             seconds[name].append(samplers[name]())

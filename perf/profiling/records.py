@@ -69,18 +69,10 @@ CASE = ["workload", "layer", "part", "rectifier", "mode", "device", "dtype", "la
 COLUMNS = [field.name for field in fields(Record)]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A case to measure, and what its records say of it."""
-
-    case: Case
-    about: Mapping[str, Any]
-
-
-def collect(jobs: Sequence[Job], **how: Any) -> pd.DataFrame:
-    """Measure ``jobs``, ``how`` as :func:`.measure.measure` takes it; a frame with one row a record."""
-    results = measure.measure([job.case for job in jobs], **how)
-    rows = [record for job, samples in zip(jobs, results) for record in _records(job, samples)]
+def collect(cases: Sequence[Case], **how: Any) -> pd.DataFrame:
+    """Measure ``cases``, ``how`` as :func:`.measure.measure` takes it; a frame with one row a record."""
+    results = measure.measure(cases, **how)
+    rows = [record for case, samples in zip(cases, results) for record in _records(case, samples)]
     return frame([asdict(row) for row in rows])
 
 
@@ -88,7 +80,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _records(job: Job, samples: Samples) -> list[Record]:
+def _records(case: Case, samples: Samples) -> list[Record]:
     processes, rounds = next((times.shape for times in samples.seconds.values()), (0, 0))
     base = FUSED if FUSED in samples.seconds else None
     made = []
@@ -99,7 +91,7 @@ def _records(job: Job, samples: Samples) -> list[Record]:
         judged = there and base and peer != FUSED and peer not in YARDSTICKS
         made.append(
             Record(
-                **job.about,
+                **case.about,
                 peer=peer,
                 seconds=time.value,
                 seconds_low=time.low,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fused_rect import cli
 from fused_rect.perf.inspection import amdgcn, gate, instructions, roofline, sass, tritons
-from fused_rect.perf.inspection.compiling import Case
+from fused_rect.perf.inspection.compiling import Step
 from fused_rect.perf.inspection.instructions import Code, Instruction
 
 SASS = """
@@ -279,7 +279,7 @@ def test_the_command_prints_json(capfd):
     arguments = ["inspect", "--target", "sm_90", "--rectifier", "relu", "--dtype", "bfloat16", "--layout", "nchw"]
     assert cli.main([*arguments, "--shape", "32x51x71x73", "--json"]) == 0
     (found,) = json.loads(capfd.readouterr().out)
-    assert Case(**{**found["case"], "shape": tuple(found["case"]["shape"])}) == Case(
+    assert Step(**{**found["step"], "shape": tuple(found["step"]["shape"])}) == Step(
         "sm_90", "relu", "bfloat16", "nchw", (32, 51, 71, 73)
     )
     assert [k["kernel"] for k in found["kernels"]] == ["forward", "backward", "finish"]

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from profiling import report as made_up
+from made_up import report as made_up
 from torch import nn
 
 import fused_rect as fr

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from profiling import report
+from made_up import report
 
 from fused_rect.perf.profiling import records
 from fused_rect.perf.profiling.compare import compare

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from profiling import report
+from made_up import report
 
 from fused_rect.perf.profiling.compare import compare
 from fused_rect.perf.profiling.machine import environment

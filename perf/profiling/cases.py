@@ -13,7 +13,7 @@ from fused_rect import backends
 
 from . import peers, scaling
 from .measure import Case
-from .records import Job, work
+from .records import work
 from .workloads import RECTIFIERS, WORKLOADS, Layer, within
 
 # Where no batch is asked for, a CPU gets batches whose convolution stays within this: about 2 ms on two cores.
@@ -21,7 +21,7 @@ CPU_FLOPS = 2e8
 PEERS = f"{peers.__name__}:"
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def asked(options: argparse.Namespace) -> list[Case]:
     """Everything to measure, the machine's ceilings first. Raises ValueError for options that name nothing."""
     made = [_machine(options)]
     if options.model:
@@ -79,7 +79,7 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
     return {"dtype": options.dtype, "layout": options.layout, "device": options.device, "compiled": options.compile}
 
 
-def _layer(options: argparse.Namespace, layer: Layer, workload: str, part: str, mode: str, threads: int) -> Job:
+def _layer(options: argparse.Namespace, layer: Layer, workload: str, part: str, mode: str, threads: int) -> Case:
     moved, computed = work(layer, part, mode, getattr(torch, options.dtype).itemsize)
     arguments = {"layer": layer.arguments(), "part": part, "mode": mode, **_call(options)}
     name = f"{workload} {layer.name}, {layer.rectifier}, {part}, {mode}"
@@ -88,10 +88,10 @@ def _layer(options: argparse.Namespace, layer: Layer, workload: str, part: str, 
         "shape": _times(layer.shape), "output": _times(layer.output), "kernel": _times(layer.kernel),
         "bytes": moved, "flops": computed, **_common(options, threads),
     }  # fmt: skip
-    return Job(Case(name, f"{PEERS}layer", arguments, options.device, threads, memory=part == "layer"), about)
+    return Case(name, f"{PEERS}layer", arguments, options.device, threads, part == "layer", about)
 
 
-def _model(options: argparse.Namespace, mode: str) -> Job:
+def _model(options: argparse.Namespace, mode: str) -> Case:
     shape = list(options.shape) if options.shape else None
     arguments = {"factory": options.model, "shape": shape, "mode": mode, **_call(options)}
     about = {
@@ -99,11 +99,11 @@ def _model(options: argparse.Namespace, mode: str) -> Job:
         "shape": _times(options.shape or ()), "output": "", "kernel": "", "bytes": 0, "flops": 0,
         **_common(options, options.threads),
     }  # fmt: skip
-    case = Case(f"{options.model}, {mode}", f"{PEERS}model", arguments, options.device, options.threads, memory=True)
-    return Job(case, about)
+    name = f"{options.model}, {mode}"
+    return Case(name, f"{PEERS}model", arguments, options.device, options.threads, True, about)
 
 
-def _machine(options: argparse.Namespace) -> Job:
+def _machine(options: argparse.Namespace) -> Case:
     """Ceilings: a copy larger than any cache, and a matrix product large enough to fill the device."""
     on_cpu = torch.device(options.device).type == "cpu"
     copied, side = (1 << 26, 1024) if on_cpu else (1 << 30, 8192)
@@ -113,7 +113,8 @@ def _machine(options: argparse.Namespace) -> Job:
         "shape": "", "output": "", "kernel": "", "bytes": 2 * copied, "flops": 2 * side**3,
         **_common(options, options.threads),
     }  # fmt: skip
-    return Job(Case("the machine's ceilings", f"{PEERS}machine", arguments, options.device, options.threads), about)
+    name = "the machine's ceilings"
+    return Case(name, f"{PEERS}machine", arguments, options.device, options.threads, about=about)
 
 
 def _times(sizes: Any) -> str:
