@@ -102,4 +102,7 @@ def _compiler() -> str:
 def _cache() -> str:
     from .kernels.cpu import build
 
-    return str(build.folder())
+    try:
+        return str(build.folder())
+    except build.BuildError as error:
+        return str(error)

@@ -2,9 +2,13 @@
 
 rectify.cpp is the kernels; direct.cpp, compiled beside it, calls them without Python in between, and may be missing.
 
-A library's name is a hash of all that makes it (source, compiler, flags with the CPU's features), so nothing is ever
-out of date. It is compiled beside its final name and renamed: a process that is killed half-way leaves nothing that
-another would load. A folder or a library that somebody else owns or can write is not loaded.
+A library's name holds a hash of all that makes it (source, compiler, flags with the CPU's features), so nothing is ever
+out of date, and a hash of its own bytes: dlopen maps a file that was cut short by a power loss, and the process dies of
+SIGBUS at the first page that is not there. It is compiled in a folder beside its final place, written to the disk and
+renamed: a process that is killed half-way leaves nothing that another would load, and the next build clears it away. A
+folder or a library that somebody else owns or can write is not loaded.
+
+Whatever goes wrong is a BuildError with the cause and the remedy, once a process; the eager path serves then.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +33,7 @@ import torch
 
 KERNELS, DIRECT = "rectify", "direct"
 SOURCES = {part: Path(__file__).with_name(f"{part}.cpp") for part in (KERNELS, DIRECT)}
+ENTRIES = {KERNELS: "fused_rect", DIRECT: "fused_rect_direct"}
 HEADER = Path(__file__).with_name("call.h")
 # Contraction would round the sums' products differently from those that are stored, and float32 differently from eager.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
@@ -43,8 +49,10 @@ FEATURES = {
         "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"
     ),
 }  # fmt: skip
+# Seconds: a build takes 8 to 15, under emulation minutes; a compiler that asks a question or a network never ends.
+BUILD_LIMIT, QUESTION_LIMIT = 600, 60
 REMEDY = "install a C++17 compiler (`apt install g++`, `xcode-select --install`) or name one in CXX"
-OWN_FOLDER = "set FUSED_RECT_CACHE to a folder of yours"
+OWN_FOLDER = "set FUSED_RECT_CACHE to a folder of yours that can be written to"
 
 
 class BuildError(RuntimeError):
@@ -65,8 +73,11 @@ def library(part: str = KERNELS) -> ctypes.CDLL:
 @functools.cache
 def _outcomes() -> dict[str, ctypes.CDLL | BuildError]:
     """The first attempt's, for the rest of the process: a compiler that fails takes seconds to do so."""
-    with ThreadPoolExecutor(len(SOURCES)) as pool:
-        return dict(zip(SOURCES, pool.map(_attempt, SOURCES)))
+    try:
+        with ThreadPoolExecutor(len(SOURCES)) as pool:
+            return dict(zip(SOURCES, pool.map(_attempt, SOURCES)))
+    except RuntimeError:  # this process may not start another thread
+        return {part: _attempt(part) for part in SOURCES}
 
 
 def _attempt(part: str) -> ctypes.CDLL | BuildError:
@@ -74,6 +85,9 @@ def _attempt(part: str) -> ctypes.CDLL | BuildError:
         return _load(part) if part == KERNELS else _load_once(part)
     except BuildError as error:
         return error
+    except Exception as error:  # of the file system, of a package that torch's headers need, of whatever else there is
+        cause = f"{type(error).__name__}: {error}"
+        return BuildError(f"the C++ kernels could not be built or loaded ({cause}); {OWN_FOLDER}, or {REMEDY}")
 
 
 @functools.cache
@@ -83,24 +97,35 @@ def _load_once(part: str) -> ctypes.CDLL:
 
 
 def _load(part: str) -> ctypes.CDLL:
-    path = _target(part)
-    if not path.exists():
-        with _one_at_a_time(path.parent / f"{part}.lock"):
-            if not path.exists():
-                _compile(part, path)
+    where, key = folder(), _key(part)
+    _own(where)
+    path = _whole(where, key)
+    if path is None:
+        with _one_at_a_time(where / f"{part}.lock") as alone:
+            path = _whole(where, key) or _compile(part, where, key, alone)
     _refuse_foreign(path)
     try:
-        return ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error}); delete it to have it built again") from error
+        remedy = f"delete it to have it built again, or {OWN_FOLDER}"
+        raise BuildError(f"{path} cannot be loaded ({error}); {remedy}") from error
+    if not hasattr(loaded, ENTRIES[part]):
+        raise BuildError(f"{path} holds no function {ENTRIES[part]}, so CXX is no C++ compiler; delete it and {REMEDY}")
+    return loaded
+
+
+# ---- what it is built by, and where it is kept ----
 
 
 def compiler() -> list[str]:
     """The compiler's command line: CXX, else the first of g++, clang++ and c++ that is there."""
     wanted = os.environ.get("CXX")
-    names = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]
+    try:
+        names = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]
+    except ValueError as error:
+        raise BuildError(f"CXX={wanted} is not a command line ({error}); {REMEDY}") from error
     for command in names:
-        found = shutil.which(command[0])
+        found = shutil.which(command[0]) if command else None
         if found:
             return [found, *command[1:]]
     missing = f"CXX={wanted} is not a program" if wanted else "g++, clang++ and c++ are not programs"
@@ -109,18 +134,33 @@ def compiler() -> list[str]:
 
 def version(command: list[str]) -> str:
     """What the compiler says it is; its first line is enough for people."""
+    done = _run([*command, "--version"], QUESTION_LIMIT)
+    if done.returncode:
+        said = f"status {done.returncode}: {(done.stdout + done.stderr).strip()}"
+        raise BuildError(f"the C++ compiler {shlex.join(command)} does not run ({said}); {REMEDY}")
+    return done.stdout.strip()
+
+
+def _run(command: list[str], limit: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The compiler's status and words, whatever their encoding; BuildError where it does not start or end."""
     try:
-        return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=limit,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the C++ compiler {shlex.join(command)} does not run ({error}); {REMEDY}") from error
 
 
 def folder() -> Path:
     """Where libraries are kept: FUSED_RECT_CACHE, else fused_rect in XDG_CACHE_HOME, else in ~/.cache."""
     chosen = os.environ.get("FUSED_RECT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "fused_rect"
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "fused_rect"
+    except (OSError, RuntimeError) as error:  # no working directory; no HOME and no entry in passwd, no such user
+        raise BuildError(f"there is no cache folder ({error}); {OWN_FOLDER}") from error
 
 
 def flags(part: str = KERNELS) -> tuple[str, ...]:
@@ -139,20 +179,23 @@ def _against(part: str) -> list[str]:
     return [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()] + [*DIRECT_LIBRARIES]
 
 
-def _target(part: str = KERNELS) -> Path:
+def _key(part: str) -> str:
+    """The name of all that makes the library of ``part``."""
     if os.name != "posix":
         raise BuildError(f"the native CPU kernels are built on Linux and macOS alone, not on {platform.system()}")
     sources = (SOURCES[part].read_text(), HEADER.read_text())
     torch_build = (torch.__version__, str(torch.version.git_version)) if part == DIRECT else ()
     parts = (*sources, version(compiler()), *flags(part), *torch_build, platform.machine())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    where = folder()
+    return f"{part}-{_hash(chr(0).join(parts).encode())}"
+
+
+def _own(where: Path) -> None:
+    """Makes the folder; BuildError where it cannot be made or is somebody else's too."""
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"the cache folder {where} cannot be made ({error}); {OWN_FOLDER}") from error
     _refuse_foreign(where)
-    return where / f"{part}-{key}.so"
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -168,24 +211,82 @@ def _refuse_foreign(path: Path) -> None:
         raise BuildError(f"{path} can be written by other users, so it is not used; {remedy}, or {OWN_FOLDER}")
 
 
+# ---- building, and what is left of builds ----
+
+
+def _hash(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()[:32]
+
+
+def _whole(where: Path, key: str) -> Path | None:
+    """The library ``key`` if its bytes are those that its name says; damaged ones are removed as far as possible."""
+    for path in sorted(where.glob(f"{key}-*.so")):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stem == f"{key}-{_hash(path.read_bytes())}":
+                return path
+            path.unlink()
+    return None
+
+
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Several processes that start at once compile once; where there are no locks (some network folders), each does."""
+def _one_at_a_time(path: Path) -> Iterator[bool]:
+    """Several processes that start at once compile once; yields whether this one holds the lock.
+
+    Where there is no lock to be had (some network folders, something else of that name), each compiles for itself; so
+    it does where the holder takes longer than a build may.
+    """
     import fcntl
 
-    with open(path, "w") as lock:
+    with contextlib.ExitStack() as opened:
+        alone = False
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            # NONBLOCK: opening a pipe would wait for its other end.
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            opened.callback(os.close, lock)
+            deadline = time.monotonic() + BUILD_LIMIT
+            while stat.S_ISREG(os.fstat(lock).st_mode) and not alone and time.monotonic() < deadline:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    alone = True
+                except BlockingIOError:
+                    time.sleep(0.05)
+        yield alone
 
 
-def _compile(part: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        out = Path(scratch) / path.name
-        command = [*compiler(), *flags(part), str(SOURCES[part]), "-o", str(out), *_against(part)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            said = f"{shlex.join(command)}\n{done.stdout.strip()}"
-            raise BuildError(f"the C++ compiler failed (status {done.returncode}):\n{said}")
-        out.chmod(0o700)
-        os.replace(out, path)
+def _compile(part: str, where: Path, key: str, alone: bool) -> Path:
+    """Builds ``part``, and puts it into ``where`` when it is whole and on the disk."""
+    prefix = f"build-{part}-"
+    _clear(where, prefix if alone else None)
+    try:
+        with tempfile.TemporaryDirectory(dir=where, prefix=prefix, ignore_cleanup_errors=True) as scratch:
+            out = Path(scratch) / f"{part}.so"
+            command = [*compiler(), *flags(part), str(SOURCES[part]), "-o", str(out), *_against(part)]
+            done = _run(command, BUILD_LIMIT, TMPDIR=scratch)
+            if done.returncode or not out.is_file():
+                what = f"failed (status {done.returncode})" if done.returncode else "wrote no file"
+                said = f"{shlex.join(command)}\n{done.stdout}{done.stderr}".strip()
+                raise BuildError(f"the C++ compiler {what}; {REMEDY}, or {OWN_FOLDER}. It said:\n{said}")
+            out.chmod(0o700)
+            _on_disk(out)
+            path = where / f"{key}-{_hash(out.read_bytes())}.so"
+            os.replace(out, path)
+            _on_disk(where)
+            return path
+    except OSError as error:
+        raise BuildError(f"nothing can be written into the cache folder {where} ({error}); {OWN_FOLDER}") from error
+
+
+def _clear(where: Path, prefix: str | None) -> None:
+    """Removes what killed builds left: ``prefix``, whose lock we hold, and whatever is older than a build can be."""
+    for left in where.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if (prefix and left.name.startswith(prefix)) or time.time() - left.stat().st_mtime > BUILD_LIMIT:
+                shutil.rmtree(left)
+
+
+def _on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
