@@ -33,68 +33,81 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_chosen = _checked(os.environ.get("FUSED_RECT_BACKEND") or "auto", "FUSED_RECT_BACKEND")
+_chosen = _checked(os.environ.get("FUSED_RECT_BACKEND") or "auto", "FUSED_RECT_BACKEND")  # the whole process's
+_OWN = "fused_rect_backend"  # a thread's own choice, in torch's thread-local state
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one implementation for all fused calls of the process inside the ``with`` block.
+    """Force one implementation for the fused calls of this thread inside the ``with`` block.
 
     ``name``: "triton", "native", "eager" or "auto". Triton on CPU tensors is allowed and goes to whatever Triton driver
     or interpreter is active (``TRITON_INTERPRET=1``). Raises ValueError for another name; a call that reaches an
     implementation that is not there raises RuntimeError and says what to install or set.
+
+    It reaches as far as `torch.no_grad()`: it is thread-local, torch carries it to the threads that run a backward pass
+    called inside the block, and a forked process (a DataLoader's worker) starts with what its parent thread had. Other
+    threads and spawned processes start with FUSED_RECT_BACKEND.
     """
-    global _chosen
-    previous, _chosen = _chosen, _checked(name, "backend name")
-    _forget()
+    name = _checked(name, "backend name")
+    previous = _wanted()
+    torch._C._stash_obj_in_tls(_OWN, name)
     try:
         yield
     finally:
-        _chosen = previous
-        _forget()
+        torch._C._stash_obj_in_tls(_OWN, previous)
+
+
+def _wanted() -> str:
+    return torch._C._get_obj_in_tls(_OWN) if torch._C._is_key_in_tls(_OWN) else _chosen  # type: ignore[no-any-return]
 
 
 def name(device: torch.device | str) -> str:
     """The implementation that serves tensors of ``device`` now: "triton", "native" or "eager"."""
-    return _decide(torch.device(device).type)[0]
+    return _decide(_wanted(), torch.device(device).type)[0]
 
 
 def why(device: torch.device | str) -> str:
     """One sentence: which implementation serves ``device`` now, and why."""
-    chosen, reason = _decide(torch.device(device).type)
+    chosen, reason = _decide(_wanted(), torch.device(device).type)
     return f"{chosen}: {reason}"
 
 
 def resolve(device_type: str) -> ModuleType:
     """The module whose ``forward`` and ``backward`` serve tensors of ``device_type`` ("cpu", "cuda", ...)."""
-    return _module(device_type)
+    return _module(_wanted(), device_type)
+
+
+def direct() -> Any:
+    """The ops for CPU tensors without Python in between, where the native path serves those and they are built."""
+    return _direct(_wanted())
 
 
 @functools.cache
-def direct() -> Any:
-    """The ops for CPU tensors without Python in between, where the native path serves those and they are built."""
-    cpu = resolve("cpu")
+def _direct(wanted: str) -> Any:
+    cpu = _module(wanted, "cpu")
     return cpu.direct() if cpu.__name__ == _MODULES["native"] else None
 
 
 def _forget() -> None:
+    """For tests, which change what is there."""
     _module.cache_clear()
-    direct.cache_clear()
+    _direct.cache_clear()
 
 
 @functools.cache
-def _module(device_type: str) -> ModuleType:
-    chosen, _ = _decide(device_type)
-    if _chosen != "auto":
+def _module(wanted: str, device_type: str) -> ModuleType:
+    chosen, _ = _decide(wanted, device_type)
+    if wanted != "auto":
         _require(chosen, device_type)
     elif chosen == "eager" and device_type == "cpu":
         _warn_once()
     return importlib.import_module(_MODULES[chosen])
 
 
-def _decide(device_type: str) -> tuple[str, str]:
-    if _chosen != "auto":
-        return _chosen, "forced by fused_rect.backend() or FUSED_RECT_BACKEND"
+def _decide(wanted: str, device_type: str) -> tuple[str, str]:
+    if wanted != "auto":
+        return wanted, "forced by fused_rect.backend() or FUSED_RECT_BACKEND"
     if device_type in ("cuda", "xpu"):
         if _has_triton():
             return "triton", f"{device_type} tensors run Triton kernels"

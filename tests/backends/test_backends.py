@@ -1,8 +1,9 @@
-"""Which implementation runs, who may force it, and what it says where it cannot run."""
+"""Which implementation runs, who may force it and how far that reaches, and what it says where it cannot run."""
 
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from fused_rect import backends
 
 @pytest.fixture(autouse=True)
 def automatic():
+    backends._forget()
     with fr.backend("auto"):
         yield
+    backends._forget()
 
 
 def test_auto(monkeypatch):
@@ -47,9 +50,111 @@ def test_forcing_nests_and_ends():
         assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.backends.eager"
 
 
+# ---- how far it reaches: as far as torch.no_grad() ----
+
+
+def state():
+    return torch.is_grad_enabled(), backends.name("cpu")
+
+
+def in_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_do_not_see_each_others(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", "triton")  # as FUSED_RECT_BACKEND would have it
+
+    def other():
+        before = backends.name("cpu")
+        with fr.backend("native"):
+            return before, backends.name("cpu"), backends.resolve("cpu").__name__
+
+    monkeypatch.setattr(backends, "_native", lambda: (True, "built"))
+    with fr.backend("eager"):
+        assert in_thread(other) == ("triton", "native", "fused_rect.kernels.cpu")
+        assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.backends.eager"
+        assert backends.direct() is None
+
+
+def test_contexts_that_overlap_in_two_threads_end():
+    """A enters, B enters, A leaves, B leaves: the process is as it was."""
+    entered, left, seen = threading.Event(), threading.Event(), []
+    before, outside = backends.name("cpu"), in_thread(state)[1]
+
+    def second():
+        entered.wait()
+        with fr.backend("triton"):
+            left.set()
+            first_thread.join()
+            seen.append(backends.name("cpu"))
+
+    def first():
+        with fr.backend("eager"):
+            entered.set()
+            left.wait()
+            seen.append(backends.name("cpu"))
+
+    first_thread, second_thread = threading.Thread(target=first), threading.Thread(target=second)
+    first_thread.start(), second_thread.start()
+    first_thread.join(), second_thread.join()
+    assert seen == ["eager", "triton"]
+    assert backends.name("cpu") == before and in_thread(state)[1] == outside
+
+
+class Deep(torch.autograd.Function):
+    """Its backward calls a backward, `depth` of them; from the 60th on autograd takes threads of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, seen):
+        ctx.depth, ctx.seen = depth, seen
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen[threading.get_ident()] = backends.name("cpu")
+        if ctx.depth:
+            with torch.enable_grad():
+                x = torch.ones(1, requires_grad=True)
+                Deep.apply(x, ctx.depth - 1, ctx.seen).backward()
+        return grad, None, None
+
+
+def test_autograds_threads_have_the_callers():
+    seen = {}
+    with fr.backend("triton"):
+        y = Deep.apply(torch.ones(1, requires_grad=True), 70, seen)
+    with fr.backend("eager"):
+        y.backward()
+    assert len(seen) > 1 and set(seen.values()) == {"eager"}
+
+
+class Asks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return state()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_start_with_what_no_grad_would_give_them(method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"{method} is not a way to start a process here")
+    loader = torch.utils.data.DataLoader(Asks(), batch_size=None, num_workers=1, multiprocessing_context=method)
+    with torch.no_grad(), fr.backend("triton"):
+        (found,) = loader
+    # A process that starts with gradients on starts with FUSED_RECT_BACKEND too, as a thread does.
+    assert found == ([False, "triton"] if method == "fork" else [True, in_thread(state)[1]])
+
+
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match="backend name must be one of auto, triton, native, eager, got 'cuda'"), (
-        fr.backend("cuda")
+    with (
+        pytest.raises(ValueError, match="backend name must be one of auto, triton, native, eager, got 'cuda'"),
+        fr.backend("cuda"),
     ):
         pass
 
