@@ -59,7 +59,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _wanted() -> str:
-    return torch._C._get_obj_in_tls(_OWN) if torch._C._is_key_in_tls(_OWN) else _chosen  # type: ignore[no-any-return]
+    return torch._C._get_obj_in_tls(_OWN) if torch._C._is_key_in_tls(_OWN) else _chosen
 
 
 def name(device: torch.device | str) -> str:
