@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,19 +45,46 @@ def run(options: argparse.Namespace) -> int:
 
 def report() -> dict[str, Any]:
     """Plain values by name. Builds the CPU kernels if they are not there, since that decides which path runs."""
+    accelerators = _accelerators()
+    facts = machine((accelerators or ["cpu"])[0])
+    del facts["implementation"]  # paths has every device's
     return {
-        "fused_rect": __version__,
-        "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
+        **facts,
         "devices": _devices(),
-        "paths": {device: backends.why(device) for device in ("cpu", *_accelerators())},
+        "paths": {device: backends.why(device) for device in ("cpu", *accelerators)},
         "cpu calls": _calls(),
         "compiler": _compiler(),
         "cache": _cache(),
         "cpu features": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def machine(device: str = "cpu", threads: int = 0) -> dict[str, Any]:
+    """What numbers measured on ``device`` depend on, for whatever reports them; ``threads`` 0 is torch's own choice.
+
+    accelerator, target ("sm_90", "gfx942") and toolkit are there for a GPU alone.
+    """
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+    }
+    kind = torch.device(device).type
+    if kind in ("cuda", "xpu"):
+        facts["accelerator"] = torch.get_device_module(kind).get_device_name(device)
+    if kind == "cuda":
+        found: Any = torch.cuda.get_device_properties(device)
+        facts["target"] = found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+        facts["toolkit"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return facts | {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fused_rect": __version__,
+        "implementation": backends.why(device).replace(str(Path.home()), "~"),
     }
 
 
@@ -66,13 +95,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def _accelerators() -> list[str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return [] if accelerator is None else [accelerator.type]
 
 
 def _devices() -> dict[str, str]:
-    names = {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+    names = {"cpu": f"{_processor()}, {os.cpu_count()} cores"}
     for kind in _accelerators():
         module = torch.get_device_module(kind)
         for index in range(torch.accelerator.device_count()):

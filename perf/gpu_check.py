@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 import fused_rect as fr
 from fused_rect import rules as rectifiers
 from fused_rect.backends import eager
+from fused_rect.environment import machine
 
 from .inspection import roofline
 from .profiling.measure import Case, measure
@@ -313,21 +313,6 @@ STEPS: dict[str, Callable[[], Report]] = {
 }
 
 
-def machine() -> Report:
-    major, minor = torch.cuda.get_device_capability()
-    import triton
-
-    return {
-        "GPU": torch.cuda.get_device_name(),
-        "capability": f"sm_{major}{minor}",
-        "CUDA": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "fused_rect": fr.__version__,
-    }
-
-
 def check(steps: dict[str, Callable[[], Report]]) -> Report:
     """Each step's outcome; one that raises has failed, with what it raised."""
     report: Report = {}
@@ -355,7 +340,7 @@ def markdown(where: Report, report: Report) -> str:
         rows = step.get("rows")
         lines += [f"- {key}: {value}" for key, value in step.items() if key not in ("ok", "seconds", "rows")]
         if rows:
-            lines += ["", *_times(rows, where.get("capability", ""))]
+            lines += ["", *_times(rows, where.get("target", ""))]
     return "\n".join(lines) + "\n"
 
 
@@ -383,10 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu-check needs a CUDA GPU and torch {torch.__version__} sees none; nothing was run.", file=sys.stderr)
         return 2
     os.environ.pop("TRITON_INTERPRET", None)
-    where = machine()
+    where = machine("cuda")
     report = check({name: STEPS[name] for name in options.only})
     options.results.mkdir(parents=True, exist_ok=True)
-    name = f"gpu-check-{where['capability']}-{time.strftime('%Y-%m-%d')}"
+    name = f"gpu-check-{where['target']}-{time.strftime('%Y-%m-%d')}"
     (options.results / f"{name}.json").write_text(json.dumps({"machine": where, "steps": report}, indent=1) + "\n")
     (options.results / f"{name}.md").write_text(markdown(where, report))
     print(f"{options.results / name}.json and .md")

@@ -130,7 +130,7 @@ def test_the_report_as_markdown():
         "absent": {},
     }
     report = {"profile": {"ok": True, "seconds": 3.0, "rows": [row]}, "tests": {"ok": False, "seconds": 1.0}}
-    text = gpu_check.markdown({"GPU": "H100", "capability": "sm_90"}, report)
+    text = gpu_check.markdown({"accelerator": "H100", "target": "sm_90"}, report)
     assert "| tests | FAILED | 1.0 |" in text
     assert "| relu float32 forward | 12.3 | 1.95 (1.94 to 1.96) | absent | 1675 | 0.50 |" in text
     table = [line for line in text.splitlines() if "relu float32" in line or "---|" in line or "fused, us" in line]
@@ -140,7 +140,7 @@ def test_the_report_as_markdown():
 def test_results_are_written_and_failures_are_the_exit_status(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # main unsets it, which other tests must not see
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "machine", lambda: {"GPU": "none", "capability": "sm_90"})
+    monkeypatch.setattr(gpu_check, "machine", lambda device: {"accelerator": "none", "target": "sm_90"})
     outcomes = {name: (lambda: {"ok": True}) for name in gpu_check.STEPS}
     monkeypatch.setattr(gpu_check, "STEPS", outcomes)
     assert gpu_check.main(["--results", str(tmp_path)]) == 0

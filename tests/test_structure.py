@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fused_rect"
 
 # Higher imports lower or its own level, never higher. A folder stands for its modules.
 LEVELS = [
-    {"version", "rules", "tracing", "kernels", "perf.profiling.memory"},
+    {"version", "rules", "tracing", "files", "kernels", "perf.profiling.memory"},
     {"reference"},
     {"random", "backends"},
     {"ops"},

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Through a file beside it that replaces it once it is on the disk: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+from .. import files
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    _write(path, lambda file: torch.save(state, file))
+    files.replace(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path, identity: str) -> dict[str, Any] | None:
@@ -48,7 +34,7 @@ def load(path: Path, identity: str) -> dict[str, Any] | None:
 
 
 def save_json(path: Path, value: Any) -> None:
-    _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    files.replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import fused_rect as fr
-
-from .. import backends
+from ..environment import machine
 from . import checkpoint, paper, statistics
 from .cost import Cost
 from .data import Dataset
@@ -45,7 +41,7 @@ def results(
         "data": {
             "name": dataset.name, "source": dataset.source, "sha256": dataset.fingerprint(), "classes": dataset.classes,
         },
-        "environment": environment(device, world_size),
+        "environment": {**machine(str(device)), "processes": world_size},
         "conclusions": statistics.conclusions(frame, int(frame["test_count"].max()) if len(frame) else 0),
         "summary": statistics.summary(frame).to_dict("records"),
         "differences": {m: statistics.differences(frame, m).to_dict("records") for m in statistics.METRICS},
@@ -54,19 +50,6 @@ def results(
         "runs": runs,
     }  # fmt: skip
     return _plain(value)  # type: ignore[no-any-return]
-
-
-def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "fused_rect": fr.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type} ({name})",
-        "cores": os.cpu_count(),
-        "processes": world_size,
-        "fused_path": backends.why(device).replace(str(Path.home()), "~"),
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fused_rect.environment import machine
+
 from . import cases, records, report
 from .compare import Comparison, compare
-from .machine import environment
 from .measure import Case
 from .peers import LAYOUTS, MODES
 from .scaling import AXES
@@ -176,7 +177,7 @@ def _measured(work: list[Case], options: argparse.Namespace, console: Console) -
 
 def _write(frame: Any, comparison: Comparison | None, options: argparse.Namespace, console: Console) -> None:
     command = shlex.join(["fused-rect", *sys.argv[1:]])
-    facts = environment(options.device, options.threads)
+    facts = machine(options.device, options.threads)
     if options.json:
         records.save(options.json, frame, facts, command)
     if options.csv:

@@ -53,7 +53,7 @@ class Chart:
 
 
 def page(
-    records: pd.DataFrame, environment: Mapping[str, str], command: str, comparison: Comparison | None = None
+    records: pd.DataFrame, environment: Mapping[str, Any], command: str, comparison: Comparison | None = None
 ) -> str:
     """The page of ``records``; with what changed, where there is a ``comparison``."""
     loader = jinja2.FileSystemLoader(TEMPLATE.parent)

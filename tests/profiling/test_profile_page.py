@@ -7,8 +7,8 @@ import shutil
 import pytest
 from made_up import report
 
+from fused_rect.environment import machine
 from fused_rect.perf.profiling.compare import compare
-from fused_rect.perf.profiling.machine import environment
 from fused_rect.perf.profiling.page import page
 
 FLAGS = (
@@ -20,7 +20,7 @@ COMMAND = "fused-rect profile --html <report>.html"
 
 def content():
     frame = report()
-    return page(frame, environment("cpu"), COMMAND, compare(report((1.5, 1.5, 0.7)), frame))
+    return page(frame, machine(), COMMAND, compare(report((1.5, 1.5, 0.7)), frame))
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows():

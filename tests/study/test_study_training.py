@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"identity": "a", "value": 1})
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         checkpoint.save(path, {"identity": "a", "value": 2})
     assert checkpoint.load(path, "a")["value"] == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
