@@ -84,8 +84,14 @@ def machine(device: str = "cpu", threads: int = 0) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "fused_rect": __version__,
-        "implementation": backends.why(device).replace(str(Path.home()), "~"),
+        "implementation": _without_home(backends.why(device)),
     }
+
+
+def _without_home(text: str) -> str:
+    """``text`` with ~ for the home folder, if any: a container's user may have neither HOME nor an entry in passwd."""
+    home = os.path.expanduser("~")
+    return text.replace(home + os.sep, "~" + os.sep) if os.path.isabs(home) and home != os.sep else text
 
 
 def _version(package: str) -> str:

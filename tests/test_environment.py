@@ -34,3 +34,11 @@ def test_text_has_every_line_of_the_report(capsys, monkeypatch, tmp_path):
 def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
     assert "CXX=/nonexistent/compiler is not a program" in environment.report()["compiler"]
+
+
+@pytest.mark.parametrize(
+    "home, said", [("/home/me", "~/.cache/x.so"), ("/", "/home/me/.cache/x.so"), ("", "/home/me/.cache/x.so")]
+)
+def test_the_home_folder_is_not_told(monkeypatch, home, said):
+    monkeypatch.setenv("HOME", home)
+    assert environment._without_home("/home/me/.cache/x.so") == said
