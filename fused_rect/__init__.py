@@ -6,12 +6,9 @@
 Importing compiles, launches and downloads nothing; Triton is imported when a Triton path first runs.
 """
 
-from . import decompose, functional, nn, ops, random
+from . import decompose, functional, nn, random
 from .backends import backend
 from .fusion import fuse, unfuse
-from .ops import batching
 from .version import __version__
-
-batching.register(ops._lib)
 
 __all__ = ["__version__", "backend", "decompose", "functional", "fuse", "nn", "random", "unfuse"]

@@ -17,6 +17,7 @@ from torch import fx
 
 from . import backends, ops
 from .fusion.rewrite import Policy, Site, rewrite
+from .rules import RULES
 
 _VERSION = "fused_rect-rewrite-1"
 _SITES = "fused_rect.sites"
@@ -85,17 +86,17 @@ def _on_cpu(inputs: list[Any]) -> bool:
 def _let_inductor_choose_layouts() -> None:
     """Inductor runs convolutions channels_last, and hands an op that it does not know copies in eager's layout.
 
-    Ours take any layout, so the copies (two a site in forward, four in backward) are only made for random slopes:
-    those follow the position in memory, which has to be the same in forward, in backward and in eager.
+    Ours take any layout, so copies are only made for random slopes: those follow the position in memory, as in eager.
     """
     from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
 
     def constraint(node: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if any(isinstance(a, str) and a.startswith("rrelu") for a in args):
+        random = any(a in RULES and RULES[a].law for a in args if isinstance(a, str))
+        if random and node.target is not ops.rectify_backward:  # which is told forward's layout
             return cast(tuple[Any, Any], constrain_to_fx_strides(node, *args, **kwargs))
         return args, kwargs
 
-    for op in (ops.rectify, ops.rectify_, ops.rectify_backward):
+    for op in (ops.rectify, ops.rectify_, ops.rectify_bits, ops.rectify_bits_, ops.rectify_backward):
         make_fallback(op, layout_constraint=constraint, warn=False)
 
 
@@ -116,7 +117,7 @@ def rewrite_graph_module(gm: fx.GraphModule, policy: Policy | None) -> list[Site
 
 
 def leave_to_inductor(rectifier: str, convolution: fx.Node) -> str | None:
-    """Why a site is better left to Inductor, or None. Ratios: `fused-rect profile --workload chain --compile`."""
+    """Why a site is better left to Inductor, or None. The ratios are those of `python -m fused_rect.perf.compiled`."""
     value = convolution.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return None

@@ -13,33 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .reference import add_bias, along_channels
+from . import ops, reference
+from .reference import add_bias
+from .rules import Parameters, Rule
 
 
 def table() -> dict[Any, Callable[..., Any]]:
     """Torch's own decompositions and ours."""
-    return {**torch.export.default_decompositions(), ops.rectify: rectify}
+    return {**torch.export.default_decompositions(), ops.rectify: ops.packed(leading=1)(rectify)}
 
 
-def rectify(
-    input: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    rectifier: str,
-    lower: float,
-    upper: float,
-) -> Tensor:
+def rectify(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
     """`torch.ops.fused_rect.rectify` in torch's operations. RReLU's random slopes have none: RuntimeError."""
-    z = add_bias(input, bias)
-    if rectifier == "relu":
-        out = F.relu(z)
-    elif rectifier == "leaky_relu":
-        out = F.leaky_relu(z, lower)
-    elif rectifier == "prelu":
-        assert weight is not None
-        out = torch.where(z > 0, z, z * along_channels(weight, z))
-    else:
+    if rule.random:
         raise RuntimeError("RReLU in training has no standard operation; export the model in evaluation, model.eval()")
-    return out.to(input.dtype)
+    z = add_bias(input, None if bias_added else parameters.bias)
+    if rule.slope == "constant":
+        return F.leaky_relu(z, rule.constants[0]).to(input.dtype)
+    return reference.rectify(z, parameters._replace(bias=None), rule).to(input.dtype)

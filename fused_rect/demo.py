@@ -31,6 +31,7 @@ from . import nn as fused
 from .perf.profiling.memory import peak_live_bytes
 from .random import new_seed
 from .reference import slopes
+from .rules import Rule
 from .version import __version__
 
 BATCH = 64
@@ -48,7 +49,7 @@ class ReferenceRReLU(nn.RReLU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return F.leaky_relu(input, (self.lower + self.upper) / 2)
-        slope = slopes(new_seed(input.device), input, self.lower, self.upper)
+        slope = slopes(new_seed(input.device), input, Rule("rrelu", self.lower, self.upper))
         return torch.where(input <= 0, input * slope, input)
 
 

@@ -10,46 +10,43 @@ All raise RuntimeError, as torch's twins do, for dtypes, devices or lengths that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from . import rules as rectifiers
+from . import ops, rules
+from .rules import PRELU, RELU, Parameters, Rule
 from .tracing import leaf
 
-_RELU = ("relu", 0.0, 0.0)
-_PRELU = ("prelu", 0.0, 0.0)
-Rule = tuple[str, float, float]
+_Size = int | tuple[int, ...]
+
+# ---- the epilogue alone ----
 
 
 @leaf
 def bias_relu(input: Tensor, bias: Tensor | None = None) -> Tensor:
     """max(input + bias, 0). NaN stays NaN, -inf gives 0."""
-    return _rectify(input, bias, None, None, _RELU)
+    return _rectify(input, Parameters(bias), RELU)
 
 
 @leaf
 def bias_relu_(input: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`bias_relu` in place on ``input``."""
-    return _rectify_(input, bias, None, None, _RELU)
+    return _rectify_(input, Parameters(bias), RELU)
 
 
 @leaf
 def bias_leaky_relu(input: Tensor, bias: Tensor | None = None, negative_slope: float = 0.01) -> Tensor:
-    """z where z > 0, else negative_slope * z, with z = input + bias.
-
-    Keeps the output for backward where ``negative_slope`` >= 0, else the input.
-    """
-    return _rectify(input, bias, None, None, _leaky(negative_slope))
+    """z where z > 0, else negative_slope * z, with z = input + bias."""
+    return _rectify(input, Parameters(bias), rules.leaky_relu(negative_slope))
 
 
 @leaf
 def bias_leaky_relu_(input: Tensor, bias: Tensor | None = None, negative_slope: float = 0.01) -> Tensor:
-    """:func:`bias_leaky_relu` in place on ``input``. With a negative slope, training keeps a copy of the input."""
-    return _rectify_(input, bias, None, None, _leaky(negative_slope))
+    """:func:`bias_leaky_relu` in place on ``input``."""
+    return _rectify_(input, Parameters(bias), rules.leaky_relu(negative_slope))
 
 
 @leaf
@@ -58,13 +55,13 @@ def bias_prelu(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
 
     weight: (1,) for one slope, (C,) for one a channel. Keeps the input for backward.
     """
-    return _rectify(input, bias, _slope_tensor(weight), None, _PRELU)
+    return _rectify(input, Parameters(bias, slope_tensor(weight)), PRELU)
 
 
 @leaf
 def bias_prelu_(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
     """:func:`bias_prelu` in place on ``input``. Training keeps a copy of the input, so it saves no memory there."""
-    return _rectify_(input, bias, _slope_tensor(weight), None, _PRELU)
+    return _rectify_(input, Parameters(bias, slope_tensor(weight)), PRELU)
 
 
 @leaf
@@ -84,11 +81,11 @@ def bias_rrelu(
     default (1/8, 1/3); law="divisor" (the paper's code): slope = 1 / U(lower, upper), by default (3, 8).
     training=False: the fixed slope (lower + upper) / 2, for "divisor" its inverse.
     seed: int64 tensor (1,) as :func:`fused_rect.random.new_seed` draws it (the default): the same seed gives the same
-    slopes on every device and path. Nothing but the output and the seed is kept for backward where the slopes are >= 0.
+    slopes on every device and path. Nothing but one bit per element and the seed is kept for backward.
     Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0 or
     bounds outside [2**-126, 2**126], where float32 has a normal inverse.
     """
-    return _rectify(input, bias, None, seed if training else None, random_rule(lower, upper, training, law))
+    return _rectify(input, Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training))
 
 
 @leaf
@@ -103,44 +100,23 @@ def bias_rrelu_(
     seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`bias_rrelu` in place on ``input``."""
-    return _rectify_(input, bias, None, seed if training else None, random_rule(lower, upper, training, law))
+    return _rectify_(input, Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training))
 
 
-def epilogue(z: Tensor, bias: Tensor | None, weight: Tensor | None, rule: Rule, seed: Tensor | None = None) -> Tensor:
-    """Rectify a convolution output that nobody else holds: over it, unless backward will read it (PReLU).
-
-    Exported programs and DTensors get the op without mutation: a clean node there, a sharding rule here.
-    """
-    in_place = rectifiers.saves_output(rule[0], rule[1]) or not _needs_grad(z, bias, weight)
-    if in_place and not torch.compiler.is_exporting() and not hasattr(z, "device_mesh"):
-        return _rectify_(z, bias, weight, seed, rule)
-    return _rectify(z, bias, weight, seed, rule)
+def _rectify(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
+    _check_dtypes(input, parameters)
+    return ops.run(input, parameters, rule, bias_added)
 
 
-def random_rule(lower: float | None, upper: float | None, training: bool, law: str) -> Rule:
-    """RReLU's rule: random in training, in evaluation the Leaky ReLU at the midpoint."""
-    rrelu = rectifiers.rrelu(lower, upper, law)
-    return (rrelu.op, rrelu.lower, rrelu.upper) if training else _leaky(rrelu.evaluation().negative_slope)
-
-
-def _leaky(negative_slope: float) -> Rule:
-    return "leaky_relu", negative_slope, negative_slope
-
-
-def _rectify(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
-    _check_dtypes(input, bias, weight)
-    return ops.run(input, bias, weight, seed, *rule)
-
-
-def _rectify_(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rule: Rule) -> Tensor:
-    _check_dtypes(input, bias, weight)
-    ops.run_(input, bias, weight, seed, *rule)
+def _rectify_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
+    _check_dtypes(input, parameters)
+    ops.run_(input, parameters, rule, bias_added)
     return input
 
 
-def _check_dtypes(input: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:
+def _check_dtypes(input: Tensor, parameters: Parameters) -> None:
     """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
-    for name, parameter in (("bias", bias), ("weight", weight)):
+    for name, parameter in (("bias", parameters.bias), ("weight", parameters.weight)):
         if parameter is None or parameter.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
             continue
         raise RuntimeError(
@@ -149,102 +125,334 @@ def _check_dtypes(input: Tensor, bias: Tensor | None, weight: Tensor | None) -> 
         )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _slope_tensor(weight: Tensor) -> Tensor:
+def slope_tensor(weight: Tensor) -> Tensor:
+    """PReLU's slopes. Raises TypeError for what is no tensor."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor of shape (1,) or (C,), got {type(weight).__name__}")
     return weight
 
 
-# ---- behind a convolution, a transposed convolution or a linear map ----
+# ---- behind a map: a convolution, a transposed convolution or a linear map ----
 
 
-def behind(linear_map: Callable[..., Tensor], name: str) -> tuple[Callable[..., Tensor], ...]:
-    """The four fused functions behind ``linear_map``; its arguments are its own, the rectifier's are keywords.
+def map_adds_bias(rank: int, device: torch.device) -> bool:
+    """Whether the map's own kernel adds the bias before it rounds; if not, the epilogue does.
 
-    ``linear_map(input, weight, None, *args, **kwargs)`` computes the map without bias. The epilogue overwrites its
-    output in place, unless backward will read it (PReLU).
+    Linear's matrix products do on every device, and so do the CPU's convolutions. cuDNN's leave the bias to a pass of
+    its own over their rounded output, which is what the epilogue saves. ``rank``: spatial dims, 0 for a linear map.
     """
+    return rank == 0 or device.type == "cpu"
 
-    def relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, _RELU))
+
+class Shared(NamedTuple):
+    """A bias, shared out: what the map adds, what the epilogue gets, and whether the latter is added already."""
+
+    map: Tensor | None
+    epilogue: Tensor | None
+    added: bool
+
+
+def share_bias(bias: Tensor | None, rank: int, device: torch.device) -> Shared:
+    """Who adds the bias of a map: the one place that decides. rank: spatial dims of a convolution, 0 for a linear map.
+
+    A map whose own kernel adds it before it rounds keeps it: matrix products do on every device, and so do the CPU's
+    convolutions. cuDNN's leave it to a pass of its own over their rounded output, which the epilogue saves.
+    In training it gets it without history: the gradient is summed in the rectifier's pass over the output's. But a
+    function transform may differentiate again, by a history that each of its levels has to see: there it is the map's.
+    """
+    if bias is None or (rank > 0 and device.type != "cpu"):
+        return Shared(None, bias, False)
+    if not (torch.is_grad_enabled() and bias.requires_grad):
+        return Shared(bias, None, False)
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return Shared(bias, None, False)
+    return Shared(bias.detach(), bias, True)
+
+
+def epilogue(z: Tensor, rank: int, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
+    """Rectify a map's output that nobody else holds, with its channels in dim -1 of a linear map, else dim -1 - rank.
+
+    rank: spatial dims, 0 for a linear map. bias_added: ``z`` holds the bias already; see :mod:`fused_rect.ops`.
+    Raises what the functions above raise.
+    """
+    shape = z.shape
+    batched = (-1, shape[-1]) if rank == 0 else (1, *shape) if z.dim() == rank + 1 else shape
+    if len(batched) != len(shape):
+        z = z.contiguous() if rank == 0 else z
+        z = torch.ops.aten._unsafe_view(z, batched)  # no view to autograd, which would make in-place calls copies
+    run = _rectify_ if _may_overwrite(z, parameters, rule) else _rectify
+    out = run(z, parameters, rule, bias_added)
+    return out if len(batched) == len(shape) else out.view(shape)
+
+
+def _may_overwrite(z: Tensor, parameters: Parameters, rule: Rule) -> bool:
+    """Unless backward reads the output of the map, or somebody else may.
+
+    Exported programs and DTensors get the op without mutation: a clean node there, a sharding rule here. Under function
+    transforms the input is kept. A dispatch mode may be a selective checkpoint, which keeps what convolutions returned.
+    """
+    if (
+        rule.keeps_input
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (z, *parameters))
+    ):
+        return False
+    return not (
+        torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or hasattr(z, "device_mesh")
+        or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
+    )
+
+
+def _fused(
+    function: Callable[..., Tensor],
+    rank: int,
+    input: Tensor,
+    weight: Tensor,
+    arguments: tuple[Any, ...],
+    parameters: Parameters,
+    rule: Rule,
+) -> Tensor:
+    bias = share_bias(parameters.bias, rank, input.device)
+    z = function(input, weight, bias.map, *arguments)
+    return epilogue(z, rank, parameters._replace(bias=bias.epilogue), rule, bias.added)
+
+
+def _behind_convolution(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
+    def relu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size | str = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        return _fused(function, rank, input, weight, (stride, padding, dilation, groups), Parameters(bias), RELU)
 
     def leaky_relu(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        *args: Any,
+        stride: _Size = 1,
+        padding: _Size | str = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        *,
         negative_slope: float = 0.01,
-        **kwargs: Any,
     ) -> Tensor:
-        rule = _leaky(negative_slope)
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, rule))
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, dilation, groups),
+            Parameters(bias),
+            rules.leaky_relu(negative_slope),
+        )
 
     def prelu(
-        input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, slope: Tensor, **kwargs: Any
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size | str = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        *,
+        slope: Tensor,
     ) -> Tensor:
-        slope = _slope_tensor(slope)
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, slope, _PRELU))
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, dilation, groups),
+            Parameters(bias, slope_tensor(slope)),
+            PRELU,
+        )
 
     def rrelu(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        *args: Any,
+        stride: _Size = 1,
+        padding: _Size | str = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        *,
         lower: float | None = None,
         upper: float | None = None,
         training: bool = False,
         law: str = "slope",
         seed: Tensor | None = None,
-        **kwargs: Any,
     ) -> Tensor:
-        rule, seed = random_rule(lower, upper, training, law), seed if training else None
-        return linear_map(input, weight, None, *args, **kwargs, then=lambda z: epilogue(z, bias, None, rule, seed))
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, dilation, groups),
+            Parameters(bias, seed=seed if training else None),
+            rules.rrelu(lower, upper, law, training),
+        )
 
-    functions = (relu, leaky_relu, prelu, rrelu)
+    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
+
+
+def _behind_transposed(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
+    def relu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        dilation: _Size = 1,
+    ) -> Tensor:
+        return _fused(
+            function, rank, input, weight, (stride, padding, output_padding, groups, dilation), Parameters(bias), RELU
+        )
+
+    def leaky_relu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        dilation: _Size = 1,
+        *,
+        negative_slope: float = 0.01,
+    ) -> Tensor:
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, output_padding, groups, dilation),
+            Parameters(bias),
+            rules.leaky_relu(negative_slope),
+        )
+
+    def prelu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        dilation: _Size = 1,
+        *,
+        slope: Tensor,
+    ) -> Tensor:
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, output_padding, groups, dilation),
+            Parameters(bias, slope_tensor(slope)),
+            PRELU,
+        )
+
+    def rrelu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Size = 1,
+        padding: _Size = 0,
+        output_padding: _Size = 0,
+        groups: int = 1,
+        dilation: _Size = 1,
+        *,
+        lower: float | None = None,
+        upper: float | None = None,
+        training: bool = False,
+        law: str = "slope",
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (stride, padding, output_padding, groups, dilation),
+            Parameters(bias, seed=seed if training else None),
+            rules.rrelu(lower, upper, law, training),
+        )
+
+    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
+
+
+def _behind_linear(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
+    def relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _fused(function, rank, input, weight, (), Parameters(bias), RELU)
+
+    def leaky_relu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        negative_slope: float = 0.01,
+    ) -> Tensor:
+        return _fused(function, rank, input, weight, (), Parameters(bias), rules.leaky_relu(negative_slope))
+
+    def prelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, slope: Tensor) -> Tensor:
+        return _fused(function, rank, input, weight, (), Parameters(bias, slope_tensor(slope)), PRELU)
+
+    def rrelu(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        lower: float | None = None,
+        upper: float | None = None,
+        training: bool = False,
+        law: str = "slope",
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return _fused(
+            function,
+            rank,
+            input,
+            weight,
+            (),
+            Parameters(bias, seed=seed if training else None),
+            rules.rrelu(lower, upper, law, training),
+        )
+
+    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
+
+
+def _published(name: str, *functions: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
+    """``functions``, named after their rectifiers, under the names and with the docstrings that users see."""
     for function in functions:
         rectifier = function.__name__
         function.__name__ = function.__qualname__ = f"{name}_{rectifier}"
-        function.__module__ = __name__
         function.__doc__ = (
-            f"`torch.nn.functional.{name}`, whose arguments these are, then :func:`bias_{rectifier}`, whose arguments\n"
-            "are keywords (PReLU's tensor is `slope`). What is kept for backward: see :mod:`fused_rect.rules`."
+            f"`torch.nn.functional.{name}`, then :func:`bias_{rectifier}`, whose arguments are keywords.\n\n"
+            "PReLU's tensor is `slope`. What is kept for backward: see :mod:`fused_rect.rules`."
         )
     return tuple(leaf(function) for function in functions)
 
 
-def convolution(function: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
-    """``function`` with a step ``then`` on its batched output; an unbatched input gets a batch of one in between."""
+linear_relu, linear_leaky_relu, linear_prelu, linear_rrelu = _behind_linear(F.linear, 0)
 
-    def convolve(input: Tensor, *args: Any, then: Callable[[Tensor], Tensor], **kwargs: Any) -> Tensor:
-        if input.dim() == rank + 1:
-            return then(function(input.unsqueeze(0), *args, **kwargs)).squeeze(0)
-        return then(function(input, *args, **kwargs))
+conv1d_relu, conv1d_leaky_relu, conv1d_prelu, conv1d_rrelu = _behind_convolution(F.conv1d, 1)
+conv2d_relu, conv2d_leaky_relu, conv2d_prelu, conv2d_rrelu = _behind_convolution(F.conv2d, 2)
+conv3d_relu, conv3d_leaky_relu, conv3d_prelu, conv3d_rrelu = _behind_convolution(F.conv3d, 3)
 
-    return convolve
-
-
-def linear(input: Tensor, weight: Tensor, bias: None = None, *, then: Callable[[Tensor], Tensor]) -> Tensor:
-    """`F.linear` with a step ``then`` on its output as (rows, features), so that the features lie in dim 1."""
-    rows = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
-    return then(rows).view(*input.shape[:-1], weight.shape[0])
-
-
-linear_relu, linear_leaky_relu, linear_prelu, linear_rrelu = behind(linear, "linear")
-
-conv1d_relu, conv1d_leaky_relu, conv1d_prelu, conv1d_rrelu = behind(convolution(F.conv1d, 1), "conv1d")
-conv2d_relu, conv2d_leaky_relu, conv2d_prelu, conv2d_rrelu = behind(convolution(F.conv2d, 2), "conv2d")
-conv3d_relu, conv3d_leaky_relu, conv3d_prelu, conv3d_rrelu = behind(convolution(F.conv3d, 3), "conv3d")
-
-(conv_transpose1d_relu, conv_transpose1d_leaky_relu, conv_transpose1d_prelu, conv_transpose1d_rrelu) = behind(
-    convolution(F.conv_transpose1d, 1), "conv_transpose1d"
+(conv_transpose1d_relu, conv_transpose1d_leaky_relu, conv_transpose1d_prelu, conv_transpose1d_rrelu) = (
+    _behind_transposed(F.conv_transpose1d, 1)
 )
-(conv_transpose2d_relu, conv_transpose2d_leaky_relu, conv_transpose2d_prelu, conv_transpose2d_rrelu) = behind(
-    convolution(F.conv_transpose2d, 2), "conv_transpose2d"
+(conv_transpose2d_relu, conv_transpose2d_leaky_relu, conv_transpose2d_prelu, conv_transpose2d_rrelu) = (
+    _behind_transposed(F.conv_transpose2d, 2)
 )
-(conv_transpose3d_relu, conv_transpose3d_leaky_relu, conv_transpose3d_prelu, conv_transpose3d_rrelu) = behind(
-    convolution(F.conv_transpose3d, 3), "conv_transpose3d"
+(conv_transpose3d_relu, conv_transpose3d_leaky_relu, conv_transpose3d_prelu, conv_transpose3d_rrelu) = (
+    _behind_transposed(F.conv_transpose3d, 3)
 )

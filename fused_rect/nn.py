@@ -15,15 +15,15 @@ for 1d, 2d, 3d, for ConvTranspose*, and Linear* (in_features, out_features, ...)
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import functional
-from . import rules as rectifiers
-from .functional import Rule
+from . import functional, rules
+from .rules import PRELU, RELU, Parameters, Rule
 from .tracing import leaf_module
 
 
@@ -31,13 +31,13 @@ class RReLU(nn.RReLU):
     """`torch.nn.RReLU` on the fused kernels, with the paper's law beside torch's.
 
     lower, upper: by default (1/8, 1/3) for law="slope" and (3, 8) for law="divisor"; see
-    :func:`fused_rect.functional.bias_rrelu`. Keeps the output for backward, not the noise.
+    :func:`fused_rect.functional.bias_rrelu`. Keeps one bit per element and a seed for backward, not the noise.
     """
 
     def __init__(
         self, lower: float | None = None, upper: float | None = None, inplace: bool = False, law: str = "slope"
     ) -> None:
-        rule = rectifiers.rrelu(lower, upper, law)
+        rule = rules.rrelu(lower, upper, law)
         super().__init__(rule.lower, rule.upper, inplace)
         self.law = law
 
@@ -52,23 +52,33 @@ class RReLU(nn.RReLU):
 def epilogue_arguments(activation: nn.Module) -> tuple[Tensor | None, Rule]:
     """(weight, rule) of one call of ``activation``. Raises TypeError for a module that is no rectifier."""
     if isinstance(activation, nn.ReLU):
-        return None, ("relu", 0.0, 0.0)
+        return None, RELU
     if isinstance(activation, nn.LeakyReLU):
-        return None, ("leaky_relu", activation.negative_slope, activation.negative_slope)
+        return None, rules.leaky_relu(activation.negative_slope)
     if isinstance(activation, nn.PReLU):
-        return activation.weight, ("prelu", 0.0, 0.0)
+        return activation.weight, PRELU
     if isinstance(activation, nn.RReLU):
         law = getattr(activation, "law", "slope")
-        return None, functional.random_rule(activation.lower, activation.upper, activation.training, law)
+        return None, rules.rrelu(activation.lower, activation.upper, law, activation.training)
     raise TypeError(f"activation must be ReLU, LeakyReLU, PReLU or RReLU, got {type(activation).__name__}")
 
 
 class Fused(nn.Sequential):
-    """A linear map and a rectifier, run as the map without bias and one epilogue over its output."""
+    """A linear map and a rectifier, run as the map and one epilogue over its output."""
 
     linear_map: ClassVar[type[nn.Module]]
     rectifier: ClassVar[type[nn.Module]]
     rectifier_arguments: ClassVar[tuple[str, ...]] = ()
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls) -> None:
+        """The signature that users see: the map's own, then the rectifier's as keywords."""
+        super().__init_subclass__()
+        if hasattr(cls, "linear_map"):
+            own = inspect.signature(cls.rectifier).parameters
+            keywords = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in cls.rectifier_arguments]
+            maps = inspect.signature(cls.linear_map)
+            cls.__signature__ = maps.replace(parameters=[*maps.parameters.values(), *keywords])
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in self.rectifier_arguments if name in kwargs}
@@ -82,37 +92,34 @@ class Fused(nn.Sequential):
             return leaf_module(self, input, *(() if output_size is None else (output_size,)))
         linear_map, activation = self._modules["0"], self._modules["1"]
         assert linear_map is not None and activation is not None
-        weight, rule = epilogue_arguments(activation)
-        bias = linear_map.bias
-        return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, rule), output_size)  # type: ignore[arg-type]
+        return fused(linear_map, input, *epilogue_arguments(activation), output_size)
 
 
-def map_then(linear_map: nn.Module, input: Tensor, then: Any, output_size: list[int] | None = None) -> Tensor:
-    """``then`` of the output of ``linear_map`` without its bias; ``then`` sees the channels in dim 1."""
-    if isinstance(linear_map, nn.Linear):
-        return functional.linear(input, linear_map.weight, then=then)
-    rank = len(linear_map.kernel_size)  # type: ignore[arg-type]
-    unbatched = input.dim() == rank + 1
-    batched = input.unsqueeze(0) if unbatched else input
-    if getattr(linear_map, "transposed", False):
-        z = _transpose_without_bias(linear_map, rank, batched, output_size)
+def fused(
+    linear_map: Any, input: Tensor, weight: Tensor | None, rule: Rule, output_size: list[int] | None = None
+) -> Tensor:
+    """The rectified output of the module ``linear_map``; ``weight`` and ``rule`` as `epilogue_arguments` has them."""
+    rank = len(getattr(linear_map, "kernel_size", ()))
+    bias, of_epilogue, added = functional.share_bias(linear_map.bias, rank, input.device)
+    if not rank:
+        z = F.linear(input, linear_map.weight, bias)
+    elif linear_map.transposed:
+        z = _transposed(linear_map, rank, input, bias, output_size)
     else:
-        z = linear_map._conv_forward(batched, linear_map.weight, None)  # type: ignore[operator]
-    out: Tensor = then(z)
-    return out.squeeze(0) if unbatched else out
+        z = linear_map._conv_forward(input, linear_map.weight, bias)
+    return functional.epilogue(z, rank, Parameters(of_epilogue, weight), rule, added)
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def _transpose_without_bias(m: Any, rank: int, input: Tensor, output_size: list[int] | None) -> Tensor:
+def _transposed(m: Any, rank: int, input: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
     if m.padding_mode != "zeros":
         raise ValueError(f"padding_mode must be 'zeros' for {type(m).__name__}, got {m.padding_mode!r}")
     output_padding = m._output_padding(
         input, output_size, list(m.stride), list(m.padding), list(m.kernel_size), rank, list(m.dilation)
     )
-    function = _TRANSPOSED[rank]
-    return function(input, m.weight, None, m.stride, m.padding, output_padding, m.groups, m.dilation)
+    return _TRANSPOSED[rank](input, m.weight, bias, m.stride, m.padding, output_padding, m.groups, m.dilation)
 
 
 class _ReLU(Fused):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
-from . import rules as rectifiers
+from . import reference, rules
 
 
 def new_seed(device: torch.device | str = "cpu") -> Tensor:
@@ -34,6 +33,6 @@ def slopes(
     "divisor". dtype: torch.float64 for the slopes of float64 tensors; any other gives the float32 slopes that all
     narrower dtypes use. Returns a tensor of ``shape`` on the seed's device.
     """
-    rule = rectifiers.rrelu(lower, upper, law)
+    rule = rules.rrelu(lower, upper, law)
     like = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
-    return reference.slopes(seed, like, rule.lower, rule.upper, law)
+    return reference.slopes(seed, like, rule)

@@ -2,108 +2,173 @@
 
 y = z where z > 0, else slope * z, with z = convolution output + bias.
 
-| rectifier | slope                    | evaluation | backward needs                                   |
-|-----------|--------------------------|------------|--------------------------------------------------|
-| ReLU      | 0                        | same       | the output                                       |
-| LeakyReLU | a constant               | same       | the output (slope >= 0), else the conv output    |
-| PReLU     | learned                  | same       | the conv output, the bias and the weight         |
-| RReLU     | random, one per element  | a constant | the output and an 8-byte seed (lower >= 0), else the conv output |
+| rectifier | slope                   | evaluation | kept for backward                                    |
+|-----------|-------------------------|------------|------------------------------------------------------|
+| ReLU      | 0                       | same       | one bit per element: which side                      |
+| LeakyReLU | a constant, of any sign | same       | one bit per element                                  |
+| PReLU     | learned                 | same       | the conv output (z is recomputed), bias and weight   |
+| RReLU     | random per element      | a constant | one bit per element and an 8-byte seed               |
 
 Source: Xu et al. 2015, arXiv 1505.00853; PReLU: He et al. 2015, arXiv 1502.01852.
+
+Pure Python, neither torch nor triton: everything may import it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Any, NamedTuple
 
-Law = Literal["slope", "divisor"]
-
-# PyTorch's bounds, as a slope, and the paper's, as a divisor: the same support, different laws (means .2292 and .1962).
-DEFAULT_BOUNDS: dict[str, tuple[float, float]] = {"slope": (1 / 8, 1 / 3), "divisor": (3.0, 8.0)}
+# Where a negative side's slope comes from; the one thing that device code branches on. Its index is the number in
+# C++ (kernels/cpu/call.h). Eager's choice for NaN goes with it: threshold and rrelu test z <= 0, the others z > 0.
+SLOPES = ("zero", "constant", "learned", "drawn", "drawn divisor")
 DIVISORS = (2.0**-126, 2.0**126)  # numbers whose inverse is normal in float32
 
-RANDOM = ("rrelu", "rrelu_divisor")
-
 
 @dataclass(frozen=True)
-class ReLU:
-    op: str = "relu"
-    lower: float = 0.0
-    upper: float = 0.0
+class Row:
+    """What one rectifier is, whatever its bounds."""
+
+    slope: str  # one of SLOPES
+    module: str  # its class in torch.nn
+    flops: int  # per element beyond the bias's addition: comparison, product; a drawn slope's fma; a division
+    defaults: tuple[float, float]  # (lower, upper)
+    law: str = ""  # of the random ones: what is uniform between the bounds
+    constant: Callable[[float], float] = float  # the slope that `lower` stands for, of a constant one
 
 
-@dataclass(frozen=True)
-class LeakyReLU:
-    negative_slope: float = 0.01
-    op: str = "leaky_relu"
-
-    @property
-    def lower(self) -> float:
-        return self.negative_slope
-
-    upper = lower
-
-
-@dataclass(frozen=True)
-class PReLU:
-    """The slope is the tensor ``weight``; nothing else to hold."""
-
-    op: str = "prelu"
-    lower: float = 0.0
-    upper: float = 0.0
+# Philox is integer work and counts as no floating-point operation. PyTorch's RReLU bounds are slopes, those of the
+# paper's code divisors: the same support, other laws (means .2292 and .1962).
+RULES: dict[str, Row] = {
+    "relu": Row("zero", "ReLU", 1, (0.0, 0.0)),
+    "leaky_relu": Row("constant", "LeakyReLU", 2, (0.01, 0.01)),
+    "prelu": Row("learned", "PReLU", 2, (0.0, 0.0)),
+    "rrelu": Row("drawn", "RReLU", 4, (1 / 8, 1 / 3), law="slope"),
+    "rrelu_divisor": Row("drawn divisor", "RReLU", 5, (3.0, 8.0), law="divisor"),
+}
+LAWS: dict[str, str] = {row.law: name for name, row in RULES.items() if row.law}  # law -> name of the rule
 
 
-@dataclass(frozen=True)
-class RReLU:
-    """``law="slope"``: slope ~ U(lower, upper). ``law="divisor"``: slope = 1 / U(lower, upper), as the paper's code."""
+class Rule(NamedTuple):
+    """A rectifier with its bounds; both are the slope of a constant one, and mean nothing for ReLU and PReLU."""
 
+    name: str
     lower: float
     upper: float
-    law: Law = "slope"
+
+    @classmethod
+    def default(cls, name: str) -> Rule:
+        return cls(name, *RULES[name].defaults)
 
     @property
-    def op(self) -> str:
-        return "rrelu" if self.law == "slope" else "rrelu_divisor"
+    def row(self) -> Row:
+        """Raises ValueError for a name that is none of RULES."""
+        row = RULES.get(self.name)
+        if row is None:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.name!r}")
+        return row
 
-    def evaluation(self) -> LeakyReLU:
-        midpoint = (self.lower + self.upper) / 2
-        return LeakyReLU(midpoint if self.law == "slope" else 1 / midpoint)
+    @property
+    def slope(self) -> str:
+        return self.row.slope
+
+    @property
+    def random(self) -> bool:
+        """Whether each element's slope is drawn, from a seed."""
+        return bool(self.row.law)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the slope is a tensor, ``weight``."""
+        return self.slope == "learned"
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether backward reads the conv output (a learned slope's gradient needs z), and not one bit per element."""
+        return self.learned
+
+    @property
+    def nan_is_negative(self) -> bool:
+        """Which side eager sends the gradient of a NaN to."""
+        return self.slope in ("constant", "learned")
+
+    @property
+    def flops(self) -> int:
+        return self.row.flops
+
+    @property
+    def number(self) -> int:
+        """Of its kind of slope in C++."""
+        return SLOPES.index(self.slope)
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """What kernels compute with: (slope, 0) of a fixed one, (scale, middle) of a random one's signed word."""
+        if self.random:
+            return (self.upper - self.lower) * 2.0**-32, (self.upper + self.lower) / 2
+        return self.row.constant(self.lower), 0.0
+
+    def evaluation(self) -> Rule:
+        """The rule outside training: a random one's slope is fixed, at the middle of the bounds."""
+        if not self.random:
+            return self
+        middle = (self.lower + self.upper) / 2
+        return leaky_relu(middle if self.slope == "drawn" else 1 / middle)
 
 
-Rectifier = Union[ReLU, LeakyReLU, PReLU, RReLU]
+class Parameters(NamedTuple):
+    """Tensors beside the input, or None: bias (C,), PReLU's weight (1,) or (C,), a random rule's seed int64 (1,)."""
+
+    bias: Any = None
+    weight: Any = None
+    seed: Any = None
 
 
-def saves_output(op: str, lower: float) -> bool:
-    """Whether backward reads the output: true where sign(output) = sign(z), so the conv output may be overwritten."""
-    return op in ("relu", "rrelu_divisor") or (op in ("leaky_relu", "rrelu") and lower >= 0)
+class Need(NamedTuple):
+    """Which sums backward is to make: ``bias`` is the dtype of the bias's gradient, or None for none."""
+
+    bias: Any = None
+    weight: bool = False
 
 
-def rrelu(lower: float | None, upper: float | None, law: str) -> RReLU:
-    """A checked RReLU. ``None`` bounds mean the law's own (:data:`DEFAULT_BOUNDS`).
+RELU = Rule.default("relu")
+PRELU = Rule.default("prelu")
+
+
+def leaky_relu(negative_slope: float) -> Rule:
+    return Rule("leaky_relu", negative_slope, negative_slope)
+
+
+def rrelu(lower: float | None, upper: float | None, law: str, training: bool = True) -> Rule:
+    """A checked RReLU, in evaluation the Leaky ReLU at its middle. ``None`` bounds are the law's own (`Row.defaults`).
 
     Raises ValueError for an unknown law and RuntimeError, as torch, for bounds that are not finite or out of order.
     """
-    if law not in ("slope", "divisor"):
-        raise ValueError(f"law must be 'slope' or 'divisor', got {law!r}")
-    defaults = DEFAULT_BOUNDS[law]
-    lower = defaults[0] if lower is None else lower
-    upper = defaults[1] if upper is None else upper
+    if law not in LAWS:
+        raise ValueError(f"law must be one of {', '.join(map(repr, LAWS))}, got {law!r}")
+    defaults = RULES[LAWS[law]].defaults
+    rule = Rule(LAWS[law], defaults[0] if lower is None else lower, defaults[1] if upper is None else upper)
+    _check_bounds(rule)
+    return rule if training else rule.evaluation()
+
+
+def _check_bounds(rule: Rule) -> None:
+    _, lower, upper = rule
+    got = f"got lower={lower}, upper={upper}"
     if not (math.isfinite(lower) and math.isfinite(upper)):
-        raise RuntimeError(f"rrelu: lower and upper must be finite, got lower={lower}, upper={upper}")
+        raise RuntimeError(f"rrelu: lower and upper must be finite, {got}")
     if lower > upper:
-        raise RuntimeError(
-            f"Lower bound should be less than or equal to the upper bound, got lower={lower}, upper={upper}"
-        )
-    if law == "divisor" and lower <= 0:
+        raise RuntimeError(f"Lower bound should be less than or equal to the upper bound, {got}")
+    if rule.slope != "drawn divisor":
+        return
+    if lower <= 0:
         raise ValueError(
-            f"law='divisor' draws the divisor of the negative side, so lower must be > 0, got lower={lower}; "
+            f"law='divisor' draws the divisor of the negative side, so lower must be > 0, {got}; "
             "use law='slope' for slopes that may be 0 or negative"
         )
-    if law == "divisor" and not DIVISORS[0] <= lower <= upper <= DIVISORS[1]:
+    if not DIVISORS[0] <= lower <= upper <= DIVISORS[1]:
         raise ValueError(
-            f"the bounds of law='divisor' must lie in [2**-126, 2**126], where float32 has a normal inverse, "
-            f"got lower={lower}, upper={upper}"
+            "the bounds of law='divisor' must lie in [2**-126, 2**126], where float32 has a normal inverse, " + got
         )
-    return RReLU(lower, upper, "slope" if law == "slope" else "divisor")

@@ -2,7 +2,9 @@
 
 Importing this module registers them: `import fused_rect.sharding`. Sharded channels shard the bias and a slope per
 channel alike; elsewhere their gradients are partial sums. RReLU in training takes replicated tensors alone: its
-slopes follow the position in memory, so shards that share a seed would draw the same slopes."""
+slopes follow the position in memory, so shards that share a seed would draw the same slopes. Under autograd a DTensor's
+input is kept for backward, not its bits: those follow the memory of each shard.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from . import ops
+from .rules import Parameters, Rule
 
 Placements = list[Any]
 
@@ -23,35 +26,46 @@ def _parameter(spec: Any, dim: int | None) -> Any:
     return Shard(0) if dim == 1 and spec.shape[0] > 1 else Replicate()
 
 
-def _dims(input: Any, rectifier: str) -> range:
-    return range(0 if rectifier.startswith("rrelu") else len(input.shape))
+def _dims(like: Any, rule: Rule) -> list[int | None]:
+    """The dims that may be sharded, and None: replicated."""
+    return [None] if rule.random else [None, *range(len(like.shape))]
 
 
-@register_sharding(ops.rectify)
-def _rectify(input, bias, weight, seed, rectifier, lower, upper):  # type: ignore[no-untyped-def]
+def _whole(dim: int | None) -> Any:
+    return Replicate() if dim is None else Shard(dim)
+
+
+def _parameters(parameters: Parameters, dim: int | None) -> Placements:
+    bias, weight, seed = parameters
+    return [_parameter(bias, dim), _parameter(weight, dim), None if seed is None else Replicate()]
+
+
+@register_sharding(ops.rectify)  # type: ignore[untyped-decorator]
+@ops.packed(leading=1)
+def _rectify(
+    input: Any, parameters: Parameters, rule: Rule, bias_added: bool = False
+) -> list[tuple[Placements, Placements]]:
+    rest = [None] * len((*rule, bias_added))
+    return [([_whole(dim)], [_whole(dim), *_parameters(parameters, dim), *rest]) for dim in _dims(input, rule)]
+
+
+@register_sharding(ops.rectify_backward)  # type: ignore[untyped-decorator]
+@ops.packed(leading=2)
+def _rectify_backward(
+    grad: Any, kept: Any, parameters: Parameters, rule: Rule, bias_dtype: Any, need_weight: bool, stride: Any = None
+) -> list[tuple[Placements, Placements]]:
+    rest = [None] * len((*rule, bias_dtype, need_weight, stride))
+
     def row(dim: int | None) -> tuple[Placements, Placements]:
-        whole = Replicate() if dim is None else Shard(dim)
-        seeds = None if seed is None else Replicate()
-        return [whole], [whole, _parameter(bias, dim), _parameter(weight, dim), seeds, None, None, None]
-
-    return [row(None), *(row(dim) for dim in _dims(input, rectifier))]
-
-
-@register_sharding(ops.rectify_backward)
-def _rectify_backward(grad, saved, bias, weight, seed, rectifier, lower, upper, need_bias, need_weight):  # type: ignore[no-untyped-def]
-    def row(dim: int | None) -> tuple[Placements, Placements]:
-        whole = Replicate() if dim is None else Shard(dim)
-        slope = _parameter(weight, dim)
+        own = _parameters(parameters, dim)
         if dim is None:
             sums: Placements = [Replicate(), Replicate()]
         elif dim == 1:
-            sums = [Shard(0), Shard(0) if isinstance(slope, Shard) else Partial()]
+            sums = [Shard(0), Shard(0) if isinstance(own[1], Shard) else Partial()]
         else:
             sums = [Partial(), Partial()]
         # An absent gradient is an empty tensor, the same everywhere.
-        sums = [s if needed else Replicate() for s, needed in zip(sums, (need_bias, need_weight))]
-        seeds = None if seed is None else Replicate()
-        parameters = [_parameter(bias, dim), slope, seeds]
-        return [whole, *sums], [whole, whole, *parameters, None, None, None, None, None]
+        sums = [s if needed else Replicate() for s, needed in zip(sums, (bias_dtype is not None, need_weight))]
+        return [_whole(dim), *sums], [_whole(dim), _whole(dim), *own, *rest]
 
-    return [row(None), *(row(dim) for dim in _dims(saved, rectifier))]
+    return [row(dim) for dim in _dims(kept, rule)]

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from ..rules import RANDOM, saves_output
+from .. import reference
+from ..rules import RULES, Need, Parameters, Rule
 from . import rectify, reduce
 from .plan import Plan, channel_layout, plan
 
@@ -38,58 +39,48 @@ class Call(NamedTuple):
         self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
 
 
-def forward(
-    input: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    rule: str,
-    lower: float,
-    upper: float,
-    out: Tensor,
-) -> None:
-    """out = rectify(input + bias); ``out`` may be ``input``."""
-    lengths = _length(bias), _length(weight)
-    call = forward_call(input.shape, input.stride(), input.dtype, rule, lower, upper, *lengths)
-    with _device_of(input):
-        call(input, out, bias, weight, seed)
+def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
+    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
+    if bits is not None:
+        bits.copy_(reference.pack_bits(reference.is_negative(reference.add_bias(x, parameters.bias), rule)))
+    lengths = _length(parameters.bias), _length(parameters.weight)
+    call = forward_call(x.shape, x.stride(), x.dtype, *rule, *lengths)
+    with _device_of(x):
+        call(x, out, *parameters)
 
 
 def backward(
-    grad: Tensor,
-    saved: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    rule: str,
-    lower: float,
-    upper: float,
-    grad_input: Tensor,
-    need_bias: bool,
-    need_weight: bool,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, grad_input: Tensor, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
+    """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned.
+
+    kept: forward's bits (uint8), or its input.
+    """
+    bias, weight, seed = parameters
+    if kept.dtype == torch.uint8:
+        negative = reference.unpack_bits(kept, grad)
+        kept = torch.where(negative, grad.new_full((), -1), grad.new_full((), 1))
     lengths = _length(bias), _length(weight)
-    call = backward_call(saved.shape, saved.stride(), saved.dtype, rule, lower, upper, *lengths, need_bias, need_weight)
+    need_bias = need.bias is not None
+    call = backward_call(kept.shape, kept.stride(), kept.dtype, *rule, *lengths, need_bias, need.weight)
     p = call.plan
-    added = None if saves_output(rule, lower) else bias
-    sums = need_bias + need_weight
-    with _device_of(saved):
+    sums = need_bias + need.weight
+    with _device_of(kept):
         if not sums:
-            call(grad, saved, grad_input, added, weight, seed, None, None)
+            call(grad, kept, grad_input, bias, weight, seed, None, None)
             return None, None
-        compute = _compute(saved.dtype)
-        partials = saved.new_empty((sums, p.chunks, p.entries), dtype=compute)
-        tails = saved.new_empty((p.vector, sums), dtype=compute) if p.tail else None
-        call(grad, saved, grad_input, added, weight, seed, partials, tails)
-        kept = [
-            saved.new_empty((p.channels,), dtype=dtype)
-            for need, dtype in ((need_bias, grad.dtype if bias is None else bias.dtype), (need_weight, compute))
-            if need
+        compute = _compute(kept.dtype)
+        partials = kept.new_empty((sums, p.chunks, p.entries), dtype=compute)
+        tails = kept.new_empty((p.vector, sums), dtype=compute) if p.tail else None
+        call(grad, kept, grad_input, bias, weight, seed, partials, tails)
+        outputs = [
+            kept.new_empty((p.channels,), dtype=dtype)
+            for wanted, dtype in ((need_bias, need.bias), (need.weight, compute))
+            if wanted
         ]
-        finish_call(p, sums, compute)(partials, tails, kept[0], kept[1] if sums == 2 else None)
-    grad_bias = kept[0] if need_bias else None
-    return grad_bias, _as_weight(kept[-1], weight) if need_weight and weight is not None else None
+        finish_call(p, sums, compute)(partials, tails, outputs[0], outputs[1] if sums == 2 else None)
+    grad_bias = outputs[0] if need_bias else None
+    return grad_bias, _as_weight(outputs[-1], weight) if need.weight else None
 
 
 def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
@@ -132,7 +123,7 @@ def backward_call(
     """
     p = _plan(shape, stride, dtype, bias > 0 or need_bias or weight > 1)
     constants = {
-        "BIAS": "" if saves_output(rule, lower) else _lookup(bias, p),
+        "BIAS": _lookup(bias, p),
         "SUM_BIAS": need_bias,
         "SUM_WEIGHT": need_weight,
         "LOOKUP": p.lookup,
@@ -176,7 +167,7 @@ def _plan(shape: Shape, stride: Shape, dtype: torch.dtype, by_channel: bool) -> 
 
 def _numbers(p: Plan, rule: str, lower: float, upper: float) -> tuple[int, ...]:
     """The slope of the fixed rules, or scale and middle of the random ones, as bits of float64; then the shape."""
-    if rule in RANDOM:
+    if RULES[rule].law:
         lower, upper = (upper - lower) * 2.0**-32, (upper + lower) / 2
     bits = struct.unpack("2q", struct.pack("2d", lower, upper))
     return *bits, p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.tail_at

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..rules import RANDOM, saves_output
+from ..rules import RULES
 
 SEED = 8
 # Floating-point operations an element beyond the bias's addition: the comparison, and the slope's product. A random
@@ -47,8 +47,8 @@ def forward(
     ``bias`` and ``weight``: lengths of the parameters, 0 where absent; ``parameter_itemsize``: theirs, if another.
     """
     item = parameter_itemsize or itemsize
-    seed = SEED if rule in RANDOM else 0
-    saved = size * itemsize + seed + weight * item + (0 if saves_output(rule, lower) else bias * item)
+    seed = SEED if RULES[rule].law else 0
+    saved = size * itemsize + seed + weight * item + (bias * item if RULES[rule].slope == "learned" else 0)
     return Traffic(
         read=size * itemsize + (bias + weight) * item + seed,
         written=size * itemsize,
@@ -71,8 +71,8 @@ def backward(
 ) -> Traffic:
     """grad_input and the sums asked for: grad and the saved tensor are read, grad_input and the sums written."""
     item = parameter_itemsize or itemsize
-    seed = SEED if rule in RANDOM else 0
-    recomputes = bool(bias) and not saves_output(rule, lower)
+    seed = SEED if RULES[rule].law else 0
+    recomputes = bool(bias) and RULES[rule].slope == "learned"
     return Traffic(
         read=2 * size * itemsize + seed + weight * item + (bias * item if recomputes else 0),
         written=size * itemsize + (bias * item if sum_bias else 0) + (weight * item if sum_weight else 0),

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from ..rules import saves_output
+from ..rules import RULES
 from .launch import Call, backward_call, finish_call, forward_call
 from .plan import Plan
 
@@ -93,7 +93,7 @@ def backward(
     p, sums = call.plan, need_bias + need_weight
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     partials, tails = (compute if sums else None), (compute if sums and p.tail else None)
-    added = dtype if bias and not saves_output(rule, lower) else None
+    added = dtype if bias else None
     pointers = [dtype, dtype, dtype, added, dtype if lengths[1] else None, _seed(rule), partials, tails]
     variants = [_variant(f"backward_{rule}", call, pointers)]
     if sums:
@@ -136,7 +136,7 @@ def _bounds(rule: str, bounds: tuple[float, float] | None) -> tuple[float, float
 
 
 def _seed(rule: str) -> torch.dtype | None:
-    return torch.int64 if rule.startswith("rrelu") else None
+    return torch.int64 if RULES[rule].law else None
 
 
 def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

@@ -1,19 +1,25 @@
 """What the tests of the ops share: the rules, tensors of every layout, and the float64 specification with gradients."""
 
+import copy
+import re
+
 import torch
 
+import fused_rect as fr
 from fused_rect import backends, reference
+from fused_rect.rules import RULES as TABLE
+from fused_rect.rules import Parameters, Rule
 
-# name -> (op, lower, upper)
+# Bounds to try beside each rule's own, by its kind of slope: slopes of 0 and of either sign.
+EDGES = {"constant": [(0.0, 0.0), (-0.3, -0.3)], "drawn": [(-0.5, 0.25)]}
+# name -> rule: every row of the table, and its edges
 RULES = {
-    "relu": ("relu", 0.0, 0.0),
-    "leaky": ("leaky_relu", 0.1, 0.1),
-    "leaky, slope 0": ("leaky_relu", 0.0, 0.0),
-    "leaky, slope < 0": ("leaky_relu", -0.3, -0.3),
-    "prelu": ("prelu", 0.0, 0.0),
-    "rrelu": ("rrelu", 1 / 8, 1 / 3),
-    "rrelu, slopes < 0": ("rrelu", -0.5, 0.25),
-    "divisor": ("rrelu_divisor", 3.0, 8.0),
+    **{name: Rule.default(name) for name in TABLE},
+    **{
+        f"{name}, {lower} to {upper}": Rule(name, lower, upper)
+        for name, row in TABLE.items()
+        for lower, upper in EDGES.get(row.slope, [])
+    },
 }
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 LAYOUTS = {
@@ -26,11 +32,11 @@ LAYOUTS = {
 
 
 def arguments(rule, channels, dtype, bias=True, slopes=0):
-    """(bias, weight, seed, op, lower, upper); PReLU's weight holds ``slopes`` values, by default one a channel."""
-    op, lower, upper = RULES[rule]
-    weight = (torch.rand(slopes or channels) - 0.25).to(dtype) if op == "prelu" else None
-    seed = torch.tensor([123456789123456789]) if op.startswith("rrelu") else None
-    return (torch.randn(channels).to(dtype) if bias else None), weight, seed, op, lower, upper
+    """(bias, weight, seed, *rule), as the ops take them; PReLU's weight holds ``slopes`` values, or one a channel."""
+    rule = RULES[rule]
+    weight = (torch.rand(slopes or channels) - 0.25).to(dtype) if rule.learned else None
+    seed = torch.tensor([123456789123456789]) if rule.random else None
+    return (torch.randn(channels).to(dtype) if bias else None), weight, seed, *rule
 
 
 def dense(tensor):
@@ -40,13 +46,12 @@ def dense(tensor):
     return lay(tensor)
 
 
-def specification(z, bias, weight, seed, op, lower, upper, grad):
+def specification(z, bias, weight, seed, name, lower, upper, grad):
     """(output, gradient of input, bias, weight) in float64; the slopes are those of the dtype under test."""
-    slope = None
-    if seed is not None:
-        slope = reference.slopes(seed, dense(z), lower, upper, "divisor" if op == "rrelu_divisor" else "slope").double()
+    rule = Rule(name, lower, upper)
+    slopes = None if seed is None else reference.slopes(seed, dense(z), rule).double()
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in (z, bias, weight)]
-    y = reference.rectify(*leaves, slope, op, lower, upper)
+    y = reference.rectify(leaves[0], Parameters(*leaves[1:]), rule, slopes)
     gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad.double()))
     return y.detach(), *(None if t is None else next(gradients) for t in leaves)
 
@@ -73,3 +78,13 @@ def assert_near(got, exact, dtype, summed=None):
     right = ((got.double() - exact).abs() <= tolerance) | (got.double() == exact) | (got.isnan() & exact.isnan())
     right |= got.isinf() & (exact.abs() >= torch.finfo(dtype).max) & (got.sign() == exact.sign())  # overflow
     assert right.all(), (got[~right][:5], exact[~right][:5])
+
+
+def of_layer(pair):
+    """The fused layer of a (map, rectifier) Sequential's two classes, a copy that shares no tensor with it."""
+    linear_map, activation = pair
+    name, rank = re.fullmatch(r"(.+?)(\dd)?", type(linear_map).__name__).groups(default="")
+    layer_class = getattr(fr.nn, f"{name}{type(activation).__name__}{rank}")
+    layer = layer_class.__new__(layer_class)
+    torch.nn.Sequential.__init__(layer, *copy.deepcopy(pair))
+    return layer.train(activation.training)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_rect import reference
+from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 0x243F6A8885A308D3)
 
@@ -87,7 +88,7 @@ def test_slope_is_one_fma_of_the_word(dtype, bounds, seed):
     lower, upper = bounds
     kind = np.float64 if dtype is torch.float64 else np.float32
     scale, middle = Fraction(float(kind((upper - lower) * 2.0**-32))), Fraction(float(kind((upper + lower) / 2)))
-    got = reference.flat_slopes(seed, 8, lower, upper, "slope", dtype).tolist()
+    got = reference.flat_slopes(seed, 8, Rule("rrelu", lower, upper), dtype).tolist()
     for word, slope in zip(reference.words(seed, 0, 8).tolist(), got):
         word = Fraction(float(kind(word)))
         exact = to_float(word * scale + middle, kind)
@@ -97,34 +98,34 @@ def test_slope_is_one_fma_of_the_word(dtype, bounds, seed):
 
 
 def test_divisor_law_is_the_inverse_of_what_the_slope_law_draws():
-    drawn = reference.flat_slopes(3, 100, 3, 8, "slope", torch.float32)
-    assert torch.equal(reference.flat_slopes(3, 100, 3, 8, "divisor", torch.float32), 1 / drawn)
+    drawn = reference.flat_slopes(3, 100, Rule("rrelu", 3, 8), torch.float32)
+    assert torch.equal(reference.flat_slopes(3, 100, Rule("rrelu_divisor", 3, 8), torch.float32), 1 / drawn)
 
 
 def test_narrow_dtypes_use_the_float32_slopes():
-    expected = reference.flat_slopes(3, 9, 0, 1, "slope", torch.float32)
+    expected = reference.flat_slopes(3, 9, Rule("rrelu", 0, 1), torch.float32)
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(reference.flat_slopes(3, 9, 0, 1, "slope", dtype), expected)
+        assert torch.equal(reference.flat_slopes(3, 9, Rule("rrelu", 0, 1), dtype), expected)
 
 
 def test_slopes_follow_the_position_in_memory_not_the_index():
     like = torch.empty(2, 3, 4, 5)
     seed = torch.tensor([11])
-    last = reference.slopes(seed, like.to(memory_format=torch.channels_last), 0.1, 0.3)
+    last = reference.slopes(seed, like.to(memory_format=torch.channels_last), Rule("rrelu", 0.1, 0.3))
     assert last.is_contiguous(memory_format=torch.channels_last)
-    flat = reference.flat_slopes(11, like.numel(), 0.1, 0.3, "slope", torch.float32)
+    flat = reference.flat_slopes(11, like.numel(), Rule("rrelu", 0.1, 0.3), torch.float32)
     assert torch.equal(last.permute(0, 2, 3, 1).flatten(), flat)
-    assert torch.equal(reference.slopes(seed, like, 0.1, 0.3).flatten(), flat)
+    assert torch.equal(reference.slopes(seed, like, Rule("rrelu", 0.1, 0.3)).flatten(), flat)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 3, 3, 3)])
 def test_rectify_is_torchs_own_pair(shape):
     z, bias, weight = torch.randn(shape), torch.randn(3), torch.randn(3)
     total = z + bias.view(3, *[1] * (len(shape) - 2))
-    assert torch.equal(reference.rectify(z, bias, None, None, "relu", 0, 0), F.relu(total))
-    assert torch.equal(reference.rectify(z, bias, None, None, "leaky_relu", 0.2, 0.2), F.leaky_relu(total, 0.2))
-    assert torch.equal(reference.rectify(z, bias, weight, None, "prelu", 0, 0), F.prelu(total, weight))
+    assert torch.equal(reference.rectify(z, Parameters(bias), RELU), F.relu(total))
+    assert torch.equal(reference.rectify(z, Parameters(bias), leaky_relu(0.2)), F.leaky_relu(total, 0.2))
+    assert torch.equal(reference.rectify(z, Parameters(bias, weight), PRELU), F.prelu(total, weight))
     slope = torch.rand(shape)
     assert torch.equal(
-        reference.rectify(z, bias, None, slope, "rrelu", 0, 1), torch.where(total > 0, total, total * slope)
+        reference.rectify(z, Parameters(bias), Rule("rrelu", 0, 1), slope), torch.where(total > 0, total, total * slope)
     )

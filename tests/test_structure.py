@@ -14,8 +14,9 @@ PACKAGE = ROOT / "fused_rect"
 
 # Higher imports lower or its own level, never higher. A folder stands for its modules.
 LEVELS = [
-    {"version", "rules", "tracing", "files", "kernels", "perf.profiling.memory"},
+    {"version", "rules", "tracing", "files", "perf.profiling.memory"},
     {"reference"},
+    {"kernels"},
     {"random", "backends"},
     {"ops"},
     {"decompose", "sharding"},

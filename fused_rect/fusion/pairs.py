@@ -14,8 +14,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional
-from ..nn import RReLU, epilogue_arguments, map_then
+from ..nn import RReLU, epilogue_arguments, fused
 from ..ops.checks import FLOATING
+from ..rules import RELU, Parameters, Rule, leaky_relu
 
 _LINEAR_MAPS: dict[Any, str] = {
     nn.Linear.forward: "linear",
@@ -105,9 +106,7 @@ def call_pair(activation: Any, linear_map: Any, *args: Any, **kwargs: Any) -> An
     input = args[0]
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
-    weight, rule = epilogue_arguments(activation)
-    bias: Any = linear_map.bias
-    return map_then(linear_map, input, lambda z: functional.epilogue(z, bias, weight, rule), size)
+    return fused(linear_map, input, *epilogue_arguments(activation), size)
 
 
 def _slopes_elsewhere(activation: nn.Module, linear_map: Any, input: Tensor) -> bool:
@@ -138,20 +137,19 @@ def call_function_pair(
         return getattr(out, function)() if isinstance(function, str) else function(out, *rest, **options)
     for hook in linear_map._forward_pre_hooks.values():
         hook(linear_map, args)
-    bias: Any = linear_map.bias
-    return map_then(linear_map, args[0], lambda z: functional.epilogue(z, bias, None, rectifier))
+    return fused(linear_map, args[0], None, rectifier)
 
 
 _PROBE = nn.ReLU()  # a rectifier without hooks: leaves the linear map's own obstacles
 
 
-def _functional_rule(function: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> functional.Rule | None:
+def _functional_rule(function: Any, rest: tuple[Any, ...], options: dict[str, Any]) -> Rule | None:
     """The rule of F.relu or F.leaky_relu as called; others (random or with a tensor of slopes) are left as written."""
     if function in (nn.functional.relu, nn.functional.relu_, torch.relu, torch.relu_, *METHODS):
-        return ("relu", 0.0, 0.0)
+        return RELU
     if function in (nn.functional.leaky_relu, nn.functional.leaky_relu_):
         slope = rest[0] if rest else options.get("negative_slope", 0.01)
-        return ("leaky_relu", slope, slope)
+        return leaky_relu(slope)
     return None
 
 
@@ -183,5 +181,7 @@ def call_normalized(activation: nn.Module, norm: Any, linear_map: Any, input: An
         bias = bias + norm.bias
     kernel = linear_map.weight * scale.view(-1, *[1] * (linear_map.weight.dim() - 1))
     slope, rule = epilogue_arguments(activation)
-    z = linear_map._conv_forward(input, kernel, None)
-    return functional.epilogue(z, bias, slope, rule)
+    rank = len(linear_map.kernel_size)
+    of_map, of_epilogue, added = functional.share_bias(bias, rank, input.device)
+    z = linear_map._conv_forward(input, kernel, of_map)
+    return functional.epilogue(z, rank, Parameters(of_epilogue, slope), rule, added)

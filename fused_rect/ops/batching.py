@@ -1,7 +1,7 @@
-"""vmap over the ops: the mapped dim joins the batch or the channels, so one launch still serves all examples.
+"""vmap over the ops: the mapped dim joins the channels, so one launch still serves all examples.
 
-RReLU's slopes follow the position in memory, so folding would give each example other slopes than it has alone: under
-randomness="same" that is wrong. Its examples are run one by one.
+RReLU's slopes follow the position in memory, and so do the bits, so folding would give each example other ones than it
+has alone. Such calls are run example by example; autograd keeps the input, not bits, under a function transform.
 """
 
 from __future__ import annotations
@@ -13,39 +13,79 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..rules import Parameters, Rule
 
 Dims = tuple[int | None, ...]
 
 
 def _rectify(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    rectifier = args[4]
-    if rectifier.startswith("rrelu"):
-        return _one_by_one(ops.rectify, info, in_dims, args, outputs=1)
-    (input,), parameters, unfold, _ = _fold(info.batch_size, (args[0],), in_dims[:1], args[1:3], in_dims[1:3])
-    return unfold(ops.rectify(input, *parameters, *args[3:])), 0
+    if _rule(args, 1).random:
+        return _one_by_one(ops.rectify, info, in_dims, args)
+    folded: tuple[Any, Any] = _folded(info, in_dims, *args)
+    return folded
+
+
+@ops.packed(leading=3)
+def _folded(
+    info: Any, in_dims: Dims, input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False
+) -> tuple[Any, Any]:
+    bias, weight, seed = parameters
+    (input,), (bias, weight), unfold, _ = _fold(info.batch_size, (input,), in_dims[:1], (bias, weight), in_dims[1:3])
+    return unfold(ops.rectify(input, *ops.flat(Parameters(bias, weight, seed), rule), bias_added)), 0
 
 
 def _rectify_in_place(info: Any, in_dims: Dims, input: Tensor, *args: Any) -> tuple[Any, Any]:
+    _check_mapped(in_dims)
+    out, _ = _rectify(info, in_dims, input.clone(), *args)  # autograd may keep what it is given
+    input.copy_(out.movedim(0, in_dims[0]))
+    return None, None
+
+
+def _rectify_bits(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+    return _one_by_one(ops.rectify_bits, info, in_dims, args)
+
+
+def _rectify_bits_in_place(info: Any, in_dims: Dims, input: Tensor, *args: Any) -> tuple[Any, Any]:
+    _check_mapped(in_dims)
+    (out, bits), _ = _one_by_one(ops.rectify_bits, info, in_dims, (input, *args))
+    input.copy_(out.movedim(0, in_dims[0]))
+    return bits, 0
+
+
+def _check_mapped(in_dims: Dims) -> None:
     if in_dims[0] is None:
         raise RuntimeError(
             "vmap: an in-place rectifier cannot write a per-example result into an input that is not mapped; "
             "call the function without the trailing underscore"
         )
-    out, _ = _rectify(info, in_dims, input, *args)
-    input.copy_(out.movedim(0, in_dims[0]))
-    return None, None
 
 
 def _rectify_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    if args[5].startswith("rrelu"):
-        return _one_by_one(ops.rectify_backward, info, in_dims, args, outputs=3)
-    size = info.batch_size
-    tensors, parameters, unfold, channels = _fold(size, args[:2], in_dims[:2], args[2:4], in_dims[2:4])
-    grad_input, *sums = ops.rectify_backward(*tensors, *parameters, *args[4:])
+    kept = args[1]
+    if kept.dtype == torch.uint8 or _rule(args, 2).random:
+        return _one_by_one(ops.rectify_backward, info, in_dims, args)
+    folded: tuple[Any, Any] = _folded_backward(info, in_dims, *args)
+    return folded
+
+
+@ops.packed(leading=4)
+def _folded_backward(
+    info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, *need: Any
+) -> tuple[Any, Any]:
+    size, (bias, weight, seed) = info.batch_size, parameters
+    tensors, folded, unfold, channels = _fold(size, (grad, kept), in_dims[:2], (bias, weight), in_dims[2:4])
+    parameters = Parameters(folded[0], folded[1], seed)
+    grad_input, *sums = ops.rectify_backward(*tensors, *ops.flat(parameters, rule), *need[:2])
     split = [_split(total, size, channels) for total in sums]
-    if args[3] is not None and args[-1] and not _per_channel(args[3], in_dims[3]):
-        split[1] = split[1].sum(-1).reshape(size, *_unmapped_shape(args[3], in_dims[3]))
+    if weight is not None and split[1].numel() and not _per_channel(weight, in_dims[3]):
+        split[1] = split[1].sum(-1).reshape(size, *_unmapped_shape(weight, in_dims[3]))
     return (unfold(grad_input), *split), (0, 0, 0)
+
+
+def _rule(args: tuple[Any, ...], leading: int) -> Rule:
+    """The rule among the flat arguments of an op of ``leading`` tensors."""
+    rule: Rule = ops.packed(leading)(lambda *call: call[leading + 1])(*args)
+    return rule
 
 
 def _split(total: Tensor, size: int, channels: int) -> Tensor:
@@ -84,18 +124,20 @@ def _fold(
     return folded, [spread(p, d) for p, d in zip(parameters, parameter_dims)], unfold, channels
 
 
-def _one_by_one(op: Any, info: Any, in_dims: Dims, args: tuple[Any, ...], outputs: int) -> tuple[Any, Any]:
+def _one_by_one(op: Any, info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
     def example(i: int) -> Any:
         return op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
 
     results = [example(i) for i in range(info.batch_size)]
-    if outputs == 1:
+    if isinstance(results[0], Tensor):
         return torch.stack(results), 0
-    return tuple(torch.stack(column) for column in zip(*results)), (0,) * outputs
+    return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
 
 
-def register(lib: torch.library.Library) -> None:
-    rules = {"rectify": _rectify, "rectify_": _rectify_in_place, "rectify_backward": _rectify_backward}
-    for name, rule in rules.items():
-        torch.library.register_vmap(f"fused_rect::{name}", rule, lib=lib)
-
+VMAP: dict[Any, Callable[..., Any]] = {
+    ops.rectify: _rectify,
+    ops.rectify_: _rectify_in_place,
+    ops.rectify_bits: _rectify_bits,
+    ops.rectify_bits_: _rectify_bits_in_place,
+    ops.rectify_backward: _rectify_backward,
+}

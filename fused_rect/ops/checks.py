@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
 
-from ..rules import RANDOM
+from ..rules import Parameters, Rule
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tensor | None, rectifier: str) -> None:
+def check(input: Tensor, parameters: Parameters, rule: Rule) -> None:
     """RuntimeError, as torch's own functions raise it, for tensors that do not fit together."""
     if input.dtype not in FLOATING:
         raise RuntimeError(
             f"input must be float16, bfloat16, float32 or float64, got {input.dtype}; convert it with input.float()"
         )
+    bias, weight, seed = parameters
     if bias is not None:
         if input.dim() < 2:
             raise RuntimeError(
@@ -30,14 +33,10 @@ def check(input: Tensor, bias: Tensor | None, weight: Tensor | None, seed: Tenso
                 f"got {tuple(bias.shape)}"
             )
         _check_companion("bias", bias, input)
-    if rectifier == "prelu":
+    if rule.learned:
         _check_weight(weight, input)
-    elif rectifier in RANDOM:
+    elif rule.random:
         _check_seed(seed, input)
-    elif rectifier not in ("relu", "leaky_relu"):
-        raise ValueError(
-            f"rectifier must be relu, leaky_relu, prelu, rrelu or rrelu_divisor, got {rectifier!r}"
-        )
 
 
 def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -78,13 +77,29 @@ def _check_seed(seed: Tensor | None, input: Tensor) -> None:
         )
 
 
-def check_grad(grad: Tensor, saved: Tensor) -> None:
-    """RuntimeError unless ``grad`` is a gradient of the output that ``saved`` belongs to."""
-    if grad.shape != saved.shape or grad.dtype != saved.dtype or grad.device != saved.device:
+def check_kept(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule) -> None:
+    """RuntimeError unless ``grad`` is a gradient of the call that kept ``kept``, its bits or its input."""
+    if kept.dtype != torch.uint8:
+        check(kept, parameters, rule)
+        if grad.shape != kept.shape or grad.dtype != kept.dtype or grad.device != kept.device:
+            raise RuntimeError(
+                "grad must have the shape, dtype and device of the input that is kept "
+                f"({tuple(kept.shape)}, {kept.dtype}, {kept.device}), "
+                f"got {tuple(grad.shape)}, {grad.dtype}, {grad.device}"
+            )
+        return
+    check(grad, parameters, rule)
+    if rule.keeps_input:
+        raise RuntimeError(f"kept must be the input of {rule.name}, whose gradients need its values, got bits (uint8)")
+    if kept.dim() != 1 or kept.shape[0] != (grad.numel() + 7) // 8 or kept.device != grad.device:
         raise RuntimeError(
-            "grad must have the shape, dtype and device of saved "
-            f"({tuple(saved.shape)}, {saved.dtype}, {saved.device}), "
-            f"got {tuple(grad.shape)}, {grad.dtype}, {grad.device}"
+            f"kept must hold the bits of {grad.numel()} elements in {(grad.numel() + 7) // 8} bytes on {grad.device}, "
+            f"got shape {tuple(kept.shape)} on {kept.device}"
+        )
+    if not is_dense(grad):
+        raise RuntimeError(
+            "grad must be dense and laid out as the output was, since bits follow the memory, "
+            f"got shape {tuple(grad.shape)} with strides {grad.stride()}"
         )
 
 
@@ -106,18 +121,32 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """``tensor`` itself where it is dense, else a contiguous copy (channels_last where its strides suggest that)."""
+def dense(tensor: Tensor, stride: Sequence[int] | None = None) -> Tensor:
+    """``tensor`` itself where it is dense, else a contiguous copy (channels_last where its strides suggest that).
+
+    stride: of the dense layout that is wanted, where it matters.
+    """
+    if stride is not None:
+        return laid_out_as(tensor, stride)
     return tensor if is_dense(tensor) else tensor.contiguous(memory_format=suggest_memory_format(tensor))
 
 
-def packed(parameter: Tensor | None) -> Tensor | None:
-    """``parameter`` itself where its values lie one after the other, as kernels read them, else a copy."""
+def dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of ``dense(tensor)``, without the copy."""
+    return (
+        tensor
+        if is_dense(tensor)
+        else torch.empty_like(tensor, device="meta").contiguous(memory_format=suggest_memory_format(tensor))
+    ).stride()
+
+
+def one_after_the_other(parameter: Tensor | None) -> Tensor | None:
+    """``parameter`` itself where its values lie so, as kernels read them, else a copy."""
     return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
-def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` with the strides of the dense ``like``: itself, or a copy."""
-    if tensor.stride() == like.stride():
+def laid_out_as(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """``tensor`` with the strides of a dense tensor of its shape: itself, or a copy."""
+    if tensor.stride() == tuple(stride):
         return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)

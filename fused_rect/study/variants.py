@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 
-from .. import functional
-from .. import rules as rectifiers
+from .. import functional, rules
 from ..nn import epilogue_arguments
+from ..rules import Parameters
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layers:
             return nn.PReLU(channels, init=0.25)
         if self.fused:
             return fr.nn.RReLU(law=self.law)
-        return nn.RReLU(*rectifiers.DEFAULT_BOUNDS["slope"]) if self.law == "slope" else DivisorRReLU()
+        return nn.RReLU(*rules.RULES["rrelu"].defaults) if self.law == "slope" else DivisorRReLU()
 
     def _fused(self, prefix: str, suffix: str, outputs: int) -> Callable[..., nn.Module]:
         table: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,7 +92,7 @@ class Layers:
 class DivisorRReLU(nn.Module):
     """The paper's RReLU as plain torch operations: z / a, a ~ U(3, 8) in training, z / 5.5 in evaluation."""
 
-    lower, upper = rectifiers.DEFAULT_BOUNDS["divisor"]
+    lower, upper = rules.RULES["rrelu_divisor"].defaults
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -109,9 +109,9 @@ class ConvNormRectifier(nn.Sequential):
         assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
         weight, rule = epilogue_arguments(activation)
         if isinstance(norm, nn.SyncBatchNorm):  # it has no form without shift
-            return functional.epilogue(norm(conv(input)), None, weight, rule)
+            return functional.epilogue(norm(conv(input)), 2, Parameters(weight=weight), rule)
         momentum = 0.0 if norm.momentum is None else norm.momentum
         z = F.batch_norm(
             conv(input), norm.running_mean, norm.running_var, norm.weight, None, norm.training, momentum, norm.eps
         )
-        return functional.epilogue(z, norm.bias, weight, rule)
+        return functional.epilogue(z, 2, Parameters(norm.bias, weight), rule)

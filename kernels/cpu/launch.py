@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rules import saves_output
+from ... import reference
+from ...rules import Need, Parameters, Rule
 from . import build
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -41,47 +42,40 @@ def direct() -> Any:
         return None
     library.fused_rect_direct(ctypes.cast(kernels.fused_rect, ctypes.c_void_p))
     ops = torch.ops.fused_rect_direct
-    return SimpleNamespace(rectify=ops.rectify.default, rectify_=ops.rectify_.default)
+    def without(op: Any) -> Any:
+        def call(input: Any, bias: Any, weight: Any, seed: Any, rule: Any, lower: Any, upper: Any, added: Any) -> Any:
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, bias, weight)):
+                return None
+            return op(input, None if added else bias, weight, seed, rule, lower, upper)
+
+        return call
+
+    return SimpleNamespace(rectify=without(ops.rectify.default), rectify_=without(ops.rectify_.default))
 
 
-def forward(
-    input: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    rule: str,
-    lower: float,
-    upper: float,
-    out: Tensor,
-) -> None:
-    """out = rectify(input + bias); ``out`` may be ``input``."""
-    _run(input, None, out, bias, weight, seed, None, None, rule, lower, upper, bias is not None)
+def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
+    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
+    if bits is not None:
+        bits.copy_(reference.pack_bits(reference.is_negative(reference.add_bias(x, parameters.bias), rule)))
+    _run(x, None, out, *parameters, None, None, *rule, parameters.bias is not None)
 
 
 def backward(
-    grad: Tensor,
-    saved: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
-    rule: str,
-    lower: float,
-    upper: float,
-    grad_input: Tensor,
-    need_bias: bool,
-    need_weight: bool,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, grad_input: Tensor, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned."""
+    """grad_input is written (it may be ``grad``); the gradients of bias and weight are returned.
+
+    kept: forward's bits (uint8), or its input.
+    """
+    if kept.dtype == torch.uint8:
+        negative = reference.unpack_bits(kept, grad)
+        kept = torch.where(negative, grad.new_full((), -1), grad.new_full((), 1))
     grad_bias = grad_weight = None
-    if need_bias:
-        channels = saved.shape[1] if saved.dim() > 1 else 1
-        grad_bias = saved.new_empty(channels) if bias is None else torch.empty_like(bias)
-    if need_weight:
-        assert weight is not None
-        grad_weight = torch.empty_like(weight)
-    if saves_output(rule, lower):
-        bias = None  # what is saved is the output, whose sign tells the side
-    _run(saved, grad, grad_input, bias, weight, seed, grad_bias, grad_weight, rule, lower, upper, need_bias)
+    if need.bias is not None:
+        grad_bias = grad.new_empty(grad.shape[1] if grad.dim() > 1 else 1, dtype=need.bias)
+    if need.weight:
+        grad_weight = torch.empty_like(parameters.weight)
+    _run(kept, grad, grad_input, *parameters, grad_bias, grad_weight, *rule, need.bias is not None)
     return grad_bias, grad_weight
 
 

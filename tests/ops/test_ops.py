@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rectifying import EPSILON, LAYOUTS, RULES, arguments, assert_near, dense, specification
 
 import fused_rect as fr
-from fused_rect import ops
+from fused_rect import ops, reference
+from fused_rect.rules import RULES as TABLE
 
 each = pytest.mark.parametrize("rule", RULES)
 DTYPES = list(EPSILON)
@@ -107,18 +108,18 @@ def test_edge_values(path, rule, dtype):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("rule", ["relu", "leaky", "leaky, slope < 0", "prelu"])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.random])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 7, 5, 3)])
 def test_float32_equals_eager_bit_for_bit(path, rule, shape):
     z = torch.randn(shape)
-    bias, weight, seed, op, lower, upper = arguments(rule, shape[1], z.dtype)
+    bias, weight, *rest = arguments(rule, shape[1], z.dtype)
     total = z + bias.view(-1, *[1] * (len(shape) - 2))
     functions = {
-        "relu": torch.relu,
-        "leaky_relu": lambda t: torch.nn.functional.leaky_relu(t, lower),
-        "prelu": lambda t: torch.nn.functional.prelu(t, weight),
+        "zero": torch.relu,
+        "constant": lambda t: torch.nn.functional.leaky_relu(t, RULES[rule].constants[0]),
+        "learned": lambda t: torch.nn.functional.prelu(t, weight),
     }
-    assert torch.equal(ops.rectify(z, bias, weight, seed, op, lower, upper), functions[op](total))
+    assert torch.equal(ops.rectify(z, bias, weight, *rest), functions[RULES[rule].slope](total))
 
 
 @pytest.mark.ptx
@@ -222,10 +223,15 @@ def test_opcheck(path, rule, dynamic):
     parameters = [None if t is None else t.requires_grad_() for t in (bias, weight)]
     torch.library.opcheck(ops.rectify, (z, *parameters, *rest), test_utils=tests)
     torch.library.opcheck(ops.rectify_, (z.detach().clone(), *parameters, *rest), test_utils=tests)
-    saved = z.detach().clone().requires_grad_()
+    torch.library.opcheck(ops.rectify_bits, (z, *parameters, *rest), test_utils=tests)
+    torch.library.opcheck(ops.rectify_bits_, (z.detach().clone(), *parameters, *rest), test_utils=tests)
+    kept = [(z.detach().clone().requires_grad_(), *parameters)]
+    if not RULES[rule].keeps_input:
+        kept.append((ops.rectify_bits(z.detach(), bias, None, *rest)[1], None, None))
     grad = torch.randn(2, 3, 4, requires_grad=True)
-    for needs in ((True, weight is not None), (False, False)):
-        torch.library.opcheck(ops.rectify_backward, (grad, saved, *parameters, *rest, *needs), test_utils=tests)
+    for tensors in kept:
+        for needs in ((torch.float32, tensors[2] is not None), (None, False)):
+            torch.library.opcheck(ops.rectify_backward, (grad, *tensors, *rest, *needs), test_utils=tests)
 
 
 def saved_bytes(call):
@@ -243,11 +249,12 @@ def saved_bytes(call):
 
 @each
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_is_kept_for_backward(path, rule, in_place):
-    """The table of fused_rect.rules, to the byte: one tensor of the input's size, the parameters and the seed."""
-    leaf = torch.randn(2, 4, 8, 8, requires_grad=True)
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 5, 7)])
+def test_what_is_kept_for_backward(path, rule, in_place, shape):
+    """The table of fused_rect.rules, to the byte: bits and a seed, or the input and the parameters."""
+    leaf = torch.randn(shape, requires_grad=True)
     z = leaf * 1  # what a convolution gives: nobody else holds it
-    bias, weight, *rest = arguments(rule, 4, z.dtype)
+    bias, weight, *rest = arguments(rule, shape[1], z.dtype)
     parameters = [t.requires_grad_() if t is not None else None for t in (bias, weight)]
 
     def call():
@@ -257,12 +264,52 @@ def test_what_is_kept_for_backward(path, rule, in_place):
         return ops.rectify(z, *parameters, *rest)
 
     kept, y = saved_bytes(call)
-    assert kept == sum(t.numel() * t.element_size() for t in (z, *parameters, rest[0]) if t is not None)
-    if fr.ops.saves_output(*rest[1:3]):
-        held, _ = saved_bytes(lambda: y.sigmoid())  # which keeps its own output alone
-        assert held == y.numel() * 4
-    else:
+    seed = 8 if RULES[rule].random else 0
+    if RULES[rule].keeps_input:
+        assert kept == sum(t.numel() * t.element_size() for t in (z, *parameters) if t is not None)
         assert in_place or y.data_ptr() != z.data_ptr()
+    else:
+        assert kept == (z.numel() + 7) // 8 + seed
+
+
+@pytest.mark.ptx
+@each
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_say_which_side(path, rule, layout, dtype):
+    """In the order of the memory, NaN on eager's side, unused bits 0; with them the gradients are the input's own."""
+    z = LAYOUTS[layout]((torch.randn(3, 5, 7, 3) * 2).to(dtype))
+    z[0, 1, :6, 0] = torch.tensor([math.nan, 0.0, -0.0, math.inf, -math.inf, 1e-30]).to(dtype)
+    bias, weight, *rest = arguments(rule, 5, dtype)
+    bias[1] = 0
+    out, bits = ops.rectify_bits(z, bias, weight, *rest)
+    total = dense(z).double() + bias.double().view(-1, 1, 1)
+    negative = reference.is_negative(total, RULES[rule])
+    laid_out = torch.empty_like(out, dtype=torch.bool).copy_(negative)
+    assert out.stride() == dense(z).stride() and torch.equal(bits, reference.pack_bits(laid_out))
+    assert torch.equal(reference.unpack_bits(bits, out), negative)
+    in_place = z.clone()
+    assert torch.equal(ops.rectify_bits_(in_place, bias, weight, *rest), bits) or in_place.stride() != out.stride()
+    if RULES[rule].keeps_input:
+        return
+    grad = torch.empty_like(out).copy_(torch.randn(out.shape))
+    of_bits = ops.rectify_backward(grad, bits, None, None, *rest, dtype, False)
+    of_input = ops.rectify_backward(grad, dense(z), bias, None, *rest, dtype, False)
+    assert all(torch.equal(a, b) for a, b in zip(of_bits, of_input, strict=True))
+
+
+@each
+def test_side_is_decided_in_forward(path, rule):
+    """What happens to the output or the bias before backward changes nothing, as with torch's own convolutions."""
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    bias, weight, *rest = arguments(rule, 3, x.dtype)
+    grad = torch.randn(2, 3, 4)
+    expected = torch.autograd.grad(ops.rectify(x, bias, weight, *rest), x, grad)
+    y = ops.rectify(x, bias.requires_grad_(), weight, *rest)
+    with torch.no_grad():
+        y.mul_(-2)
+        bias.add_(100)
+    assert torch.equal(torch.autograd.grad(y, x, grad)[0], expected[0])
 
 
 # ---- in place ----
@@ -297,11 +344,6 @@ def test_overwriting_what_backward_needs_is_noticed(path, rule):
     ops.rectify_(z, bias, weight, *rest)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
-    if fr.ops.saves_output(*rest[1:3]):
-        y = ops.rectify(x, bias, weight, *rest)
-        y.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
 
 
 # ---- reproducibility ----
@@ -330,14 +372,13 @@ def test_the_same_bits_whatever_the_threads(path, rule, threads):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("rule", ["rrelu", "rrelu, slopes < 0", "divisor"])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.random])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_path_draws_the_specifications_slopes(path, rule, dtype):
     z = torch.full((3, 5, 7, 3), -1.0, dtype=dtype)
-    _, _, seed, op, lower, upper = arguments(rule, 5, dtype)
-    got = -ops.rectify(z, None, None, seed, op, lower, upper)
-    law = "divisor" if op == "rrelu_divisor" else "slope"
-    expected = fr.random.slopes(seed, z.shape, lower, upper, law, dtype)
+    _, _, seed, name, lower, upper = arguments(rule, 5, dtype)
+    got = -ops.rectify(z, None, None, seed, name, lower, upper)
+    expected = fr.random.slopes(seed, z.shape, lower, upper, TABLE[name].law, dtype)
     torch.testing.assert_close(got, expected, rtol=EPSILON[dtype], atol=EPSILON[dtype] / 8)
 
 
@@ -371,25 +412,25 @@ BAD = {
         {"bias": torch.ones(3, device=META)}, RuntimeError, "same device, but bias is on meta and input on cpu"
     ),
     "weight of another length": (
-        {"weight": torch.ones(2), "rectifier": "prelu"},
+        {"weight": torch.ones(2), "rule": "prelu"},
         RuntimeError, r"weight must hold 1 or 3 values, one for each channel.*got shape \(2,\)",
     ),
-    "no weight": ({"rectifier": "prelu"}, RuntimeError, r"weight is required: prelu's slope tensor of shape \(1,\)"),
+    "no weight": ({"rule": "prelu"}, RuntimeError, r"weight is required: prelu's slope tensor of shape \(1,\)"),
     "weight of another dtype": (
-        {"weight": torch.ones(3, dtype=torch.float16), "rectifier": "prelu"}, RuntimeError, "weight must have the dtype"
+        {"weight": torch.ones(3, dtype=torch.float16), "rule": "prelu"}, RuntimeError, "weight must have the dtype"
     ),
-    "no seed": ({"rectifier": "rrelu"}, RuntimeError, "seed must be an int64 tensor.*got None; draw one with"),
+    "no seed": ({"rule": "rrelu"}, RuntimeError, "seed must be an int64 tensor.*got None; draw one with"),
     "a seed of another dtype": (
-        {"rectifier": "rrelu", "seed": torch.ones(1)}, RuntimeError, "seed must be an int64 tensor.*got torch.float32"
+        {"rule": "rrelu", "seed": torch.ones(1)}, RuntimeError, "seed must be an int64 tensor.*got torch.float32"
     ),
     "two seeds": (
-        {"rectifier": "rrelu", "seed": torch.ones(2, dtype=torch.int64)}, RuntimeError, r"seed must be .*shape \(2,\)"
+        {"rule": "rrelu", "seed": torch.ones(2, dtype=torch.int64)}, RuntimeError, r"seed must be .*shape \(2,\)"
     ),
     "a seed elsewhere": (
-        {"rectifier": "rrelu", "seed": torch.ones(1, dtype=torch.int64, device=META)},
+        {"rule": "rrelu", "seed": torch.ones(1, dtype=torch.int64, device=META)},
         RuntimeError, "same device, but seed is on meta and input on cpu; draw it with",
     ),
-    "another rectifier": ({"rectifier": "gelu"}, ValueError, "rectifier must be relu, .*got 'gelu'"),
+    "another rectifier": ({"rule": "gelu"}, ValueError, "rule must be one of relu, .*got 'gelu'"),
 }  # fmt: skip
 
 
@@ -398,7 +439,7 @@ BAD = {
 def test_bad_input_is_named_before_anything_is_written(path, what, train):
     given, error, message = BAD[what]
     usual = {"input": torch.full((2, 3), -1.0), "bias": torch.ones(3), "weight": None, "seed": None}
-    call = [*(usual | {"rectifier": "relu", "lower": 0.0, "upper": 0.0} | given).values()]
+    call = [*(usual | {"rule": "relu", "lower": 0.0, "upper": 0.0} | given).values()]
     if train and call[0].is_floating_point() and call[0].element_size() > 1:
         call[0] = (call[0].detach().requires_grad_()) * 1
     before, version = call[0].detach().float().clone(), call[0]._version
@@ -438,8 +479,25 @@ def test_parameters_that_are_views_of_the_input_they_are_added_to(path, rule):
     assert torch.equal(z, expected)
 
 
+RELU = RULES["relu"]
+
+
 def test_a_gradient_of_another_shape_or_dtype(path):
-    saved = torch.ones(2, 3)
+    kept = torch.ones(2, 3)
     for grad in (torch.ones(3), torch.ones(2, 3, dtype=torch.float64)):
-        with pytest.raises(RuntimeError, match="grad must have the shape, dtype and device of saved"):
-            ops.rectify_backward(grad, saved, None, None, None, "relu", 0.0, 0.0, False, False)
+        with pytest.raises(RuntimeError, match="grad must have the shape, dtype and device of the input that is kept"):
+            ops.rectify_backward(grad, kept, None, None, None, *RELU, None, False)
+
+
+@pytest.mark.parametrize(
+    ("grad", "size", "rule", "message"),
+    [
+        (torch.ones(3, 3), 1, RELU, r"kept must hold the bits of 9 elements in 2 bytes on cpu, got shape \(1,\)"),
+        (torch.ones(3, 1).expand(3, 3), 2, RELU, "grad must be dense and laid out as the output was"),
+        (torch.ones(3, 3), 2, RULES["prelu"], r"kept must be the input of prelu.*got bits \(uint8\)"),
+    ],
+)
+def test_bits_that_do_not_belong_to_the_gradient(path, grad, size, rule, message):
+    weight = torch.ones(1) if rule.learned else None
+    with pytest.raises(RuntimeError, match=message):
+        ops.rectify_backward(grad, torch.zeros(size, dtype=torch.uint8), None, weight, None, *rule, None, False)
