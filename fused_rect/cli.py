@@ -7,7 +7,9 @@ status.
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +33,26 @@ COMMANDS = {
 }
 
 
+# What a terminal that is not UTF-8 gets instead; other characters become "?".
+SPELLED = {"µ": "u", "▲": "+", "▼": "-", "≈": "~", "–": "-", "×": "x", "·": "-", "…": ".", "±": "+"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def _print_on_any_terminal() -> None:
+    """Neither a terminal's encoding nor a path that is no text stops a command whose work is done."""
+    codecs.register_error("fused_rect.spelled", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="fused_rect.spelled")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    _print_on_any_terminal()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     parser = argparse.ArgumentParser("fused-rect", description="Fused bias + rectifier for convolutional networks.")

@@ -117,7 +117,7 @@ def rewrite_graph_module(gm: fx.GraphModule, policy: Policy | None) -> list[Site
 
 
 def leave_to_inductor(rectifier: str, convolution: fx.Node) -> str | None:
-    """Why a site is better left to Inductor, or None. The ratios are those of `python -m fused_rect.perf.compiled`."""
+    """Why a site is better left to Inductor, or None. Ratios: `fused-rect profile --workload chain --compile`."""
     value = convolution.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return None

@@ -10,19 +10,21 @@ raises is reported as failed and the others still run. Without a GPU: says so an
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import fused_rect as fr
@@ -30,12 +32,12 @@ from fused_rect.backends import eager
 from fused_rect.environment import machine
 from fused_rect.rules import Need, Parameters, Rule
 
-from .inspection import roofline
-from .profiling.measure import Case, measure
+from .profiling import cases, cli, records
+from .profiling.peers import FUSED
+from .profiling.report import print_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
-BOUNDS = {"leaky_relu": (0.1, 0.1), "rrelu": (1 / 8, 1 / 3), "rrelu_divisor": (3.0, 8.0)}
 DTYPES = ("float32", "bfloat16", "float16")
 # (rule, lower, upper, slopes learned: one a channel where C)
 RULES = (
@@ -53,7 +55,6 @@ SHAPES = (
     *((2, 3, 5, 7), (5, 7, 13, 11), (40, 12, 5, 3), (24, 5, 6, 6), (12, 3, 24, 9)),
     *((6, 24, 16, 16), (3, 2, 64, 33), (4, 51, 29, 31), (33, 10)),
 )
-MEASURED = (32, 64, 128, 128)  # 33.6M elements: no cache holds it
 Report = dict[str, Any]
 
 
@@ -147,84 +148,17 @@ def suite() -> Report:
 # ---- times ----
 
 
-def calls(rule: str, dtype: str, shape: Sequence[int], training: bool, device: str) -> dict[str, Callable[[], Any]]:
-    """bias + rectifier, forward or forward and backward: ours, eager torch and torch.compile. Built for `measure`."""
-    number = getattr(torch, dtype)
-    x = torch.randn(*shape, device=device).to(number).requires_grad_(training)
-    bias = torch.randn(shape[1], device=device).to(number).requires_grad_(training)
-    weight = torch.full((shape[1],), 0.25, device=device).to(number).requires_grad_(training)
-    lower, upper = BOUNDS.get(rule, (0.0, 0.0))
-
-    def ours() -> Tensor:
-        if rule == "relu":
-            return fr.functional.bias_relu(x, bias)
-        if rule == "leaky_relu":
-            return fr.functional.bias_leaky_relu(x, bias, lower)
-        if rule == "prelu":
-            return fr.functional.bias_prelu(x, bias, weight)
-        return fr.functional.bias_rrelu(x, bias, lower, upper, True)
-
-    def plain() -> Tensor:
-        z = x + bias.view(-1, 1, 1)
-        if rule == "relu":
-            return F.relu(z)
-        if rule == "leaky_relu":
-            return F.leaky_relu(z, lower)
-        return F.prelu(z, weight) if rule == "prelu" else F.rrelu(z, lower, upper, True)
-
-    g = torch.randn(*shape, device=device).to(number)
-
-    def step(function: Callable[[], Tensor]) -> Callable[[], Any]:
-        if not training:
-            return torch.no_grad()(function)
-        leaves = [x, bias, weight] if rule == "prelu" else [x, bias]
-        return lambda: torch.autograd.grad(function(), leaves, g)
-
-    return {"fused": step(ours), "eager": step(plain), "torch.compile": step(torch.compile(plain))}
-
-
-def profile(
-    device: str, dtypes: Sequence[str] = DTYPES, shape: Sequence[int] = MEASURED, processes: int = 3, rounds: int = 5
-) -> Report:
-    """Times of `calls`, and the bandwidth that the fused ones reach of the bytes that they have to move."""
-    wanted = list(product(("relu", "leaky_relu", "prelu", "rrelu"), dtypes, (False, True)))
-    cases = [
-        Case(
-            f"{rule} {dtype} {'forward and backward' if training else 'forward'}",
-            "fused_rect.perf.gpu_check:calls",
-            {"rule": rule, "dtype": dtype, "shape": list(shape), "training": training, "device": device},
-            device=device,
-        )
-        for rule, dtype, training in wanted
-    ]
-    rows = []
-    for case, (rule, dtype, training), samples in zip(
-        cases, wanted, measure(cases, processes=processes, rounds=rounds)
-    ):
-        moved = _moved(rule, dtype, shape, training)
-        rows.append(
-            {
-                "case": case.name,
-                "microseconds": {name: 1e6 * samples.time(name).value for name in samples.seconds},
-                "times faster than": {
-                    name: str(samples.ratio(name, "fused")) for name in samples.seconds if name != "fused"
-                },
-                "GB/s": moved / samples.time("fused").value / 1e9,
-                "absent": dict(samples.absent),
-            }
-        )
-    return {"ok": True, "shape": list(shape), "rows": rows}
-
-
-def _moved(rule: str, dtype: str, shape: Sequence[int], training: bool) -> int:
-    from fused_rect.kernels import traffic
-
-    size, item, channels = torch.Size(shape).numel(), getattr(torch, dtype).itemsize, shape[1]
-    call = rule, size, item
-    weight = channels if rule == "prelu" else 0
-    forward = traffic.forward(*call, bias=channels, weight=weight)
-    backward = traffic.backward(*call, bias=channels, weight=weight, sum_bias=True, sum_weight=rule == "prelu")
-    return forward.bytes + (backward.bytes if training else 0)
+def profile(*arguments: str) -> Report:
+    """`fused-rect profile` of bias and rectifier with ``arguments``: its report, and its records."""
+    parser = argparse.ArgumentParser()
+    cli.configure(parser)
+    fixed = ["--part", "epilogue", "--mode", "inference", "training", "--processes", "3", "--budget", "600"]
+    options = parser.parse_args([*fixed, *arguments])
+    text = io.StringIO()
+    frame = cli.measured(cases.asked(options), options, Console(quiet=True))
+    print_report(frame, Console(file=text, width=130, **cli.PLAIN))
+    missing = frame[(frame.peer == FUSED) & (frame.absent != "")]
+    return {"ok": missing.empty, "report": text.getvalue(), "records": records.plain(frame)}
 
 
 # ---- CUDA graphs ----
@@ -310,7 +244,7 @@ def sanitizer() -> Report:
 STEPS: dict[str, Callable[[], Report]] = {
     "agreement": lambda: agreement("cuda"),
     "tests": suite,
-    "profile": lambda: profile("cuda"),
+    "profile": lambda: profile("--workload", "gpu", "--device", "cuda", "--dtype", *DTYPES, "--compile"),
     "CUDA graph": lambda: replays("cuda"),
     "compute-sanitizer": sanitizer,
 }
@@ -340,24 +274,10 @@ def markdown(where: Report, report: Report) -> str:
     lines += [f"| {name} | {_verdict(step)} | {step['seconds']} |" for name, step in report.items()]
     for name, step in report.items():
         lines += ["", f"## {name}", ""]
-        rows = step.get("rows")
-        lines += [f"- {key}: {value}" for key, value in step.items() if key not in ("ok", "seconds", "rows")]
-        if rows:
-            lines += ["", *_times(rows, where.get("target", ""))]
+        told = {key: value for key, value in step.items() if key not in ("ok", "seconds", "records", "report")}
+        lines += [f"- {key}: {value}" for key, value in told.items()]
+        lines += ["```", step["report"], "```"] if "report" in step else []
     return "\n".join(lines) + "\n"
-
-
-def _times(rows: Iterable[Report], capability: str) -> list[str]:
-    gpu = roofline.GPUS.get(capability)
-    share = f" | of {gpu.name}'s {gpu.bandwidth / 1e12:.2f} TB/s" if gpu else ""
-    head = f"| case | fused, us | eager / fused | torch.compile / fused | GB/s{share} |"
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for row in rows:
-        faster = row["times faster than"]
-        part = f" | {1e9 * row['GB/s'] / gpu.bandwidth:.2f}" if gpu else ""
-        others = " | ".join(faster.get(name, "absent") for name in ("eager", "torch.compile"))
-        lines.append(f"| {row['case']} | {row['microseconds']['fused']:.1f} | {others} | {row['GB/s']:.0f}{part} |")
-    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -376,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"gpu-check-{where['target']}-{time.strftime('%Y-%m-%d')}"
     (options.results / f"{name}.json").write_text(json.dumps({"machine": where, "steps": report}, indent=1) + "\n")
-    (options.results / f"{name}.md").write_text(markdown(where, report))
+    (options.results / f"{name}.md").write_text(markdown(where, report), encoding="utf-8")
     print(f"{options.results / name}.json and .md")
     return int(any(step["ok"] is False for step in report.values()))
 

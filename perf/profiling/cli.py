@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,16 +13,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fused_rect import files
 from fused_rect.environment import machine
 
 from . import cases, records, report
+from .cases import PARTS
 from .compare import Comparison, compare
 from .measure import Case
-from .peers import LAYOUTS, MODES
+from .peers import ALL_SITES, BASES, COPY, FUSED, FUSED_COMPILED, LAYOUTS, MODES, load_model
 from .scaling import AXES
 from .workloads import RECTIFIERS, WORKLOADS
 
+KINDS = ("json", "csv", "html")  # of files
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# No markup and no :emoji: in what is printed: paths, error messages and other people's files are among it.
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 EPILOG = """workloads:
 """ + "\n".join(f"  {name:10} {workload.source}" for name, workload in WORKLOADS.items())
 
@@ -34,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure, the first four one at a time")
     what.add_argument("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help="layers of networks, see below")
     what.add_argument("--shape", type=_sizes, metavar="N,C,H,W", help="one layer's input; with --model, the model's")
-    what.add_argument("--model", metavar="FACTORY", help="module:factory or file.py:factory, before and after fuse()")
+    what.add_argument("--model", metavar="NAME", help="module:name or file.py:name of a module, or of what returns one")
     what.add_argument("--scaling", choices=AXES, help="time and bytes of bias + rectifier along one axis")
     what.add_argument("--kernel", type=_positive, help="of --shape: the kernel's size, by default 3")
     what.add_argument("--stride", type=_positive, help="of --shape, by default 1")
@@ -42,14 +46,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=_positive, help="of --workload: by default the source's, on a CPU what takes ms")
     what.add_argument("--rectifier", nargs="+", choices=RECTIFIERS, help="by default the network's own, or all four")
     what.add_argument("--mode", nargs="+", choices=MODES, default=["training"], help="training: forward and backward")
-    what.add_argument("--part", nargs="+", choices=("layer", "epilogue"),
+    what.add_argument("--part", nargs="+", choices=PARTS,
                       help="the convolution with bias and rectifier, bias and rectifier alone, or both")  # fmt: skip
     how = parser.add_argument_group("where and how")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    how.add_argument("--dtype", choices=DTYPES, default="float32")
-    how.add_argument("--layout", choices=LAYOUTS, default="contiguous")
+    how.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    how.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["contiguous"])
     how.add_argument("--threads", type=_positive, default=0, help="by default torch's own choice")
     how.add_argument("--compile", action="store_true", help="time torch.compile too, plain and with our backend")
+    how.add_argument("--base", choices=BASES, default=FUSED, help="the peer whose time the others' are divided by")
+    how.add_argument("--allocator", choices=("keeping", "default"), default="keeping",
+                     help="glibc keeps freed memory, which is steadier; or does as it does by default")  # fmt: skip
     how.add_argument("--processes", type=_positive, default=5)
     how.add_argument("--rounds", type=_positive, default=5)
     how.add_argument(
@@ -57,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--quick", action="store_true", help="20 seconds, 3 processes, two layers a workload")
     out = parser.add_argument_group("results")
-    for kind in ("json", "csv", "html"):
+    for kind in KINDS:
         out.add_argument(f"--{kind}", type=Path, metavar="FILE")
     out.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed since; status 1 on a regression")
     out.add_argument("--tolerance", type=float, default=0.1, help="a regression is slower by more (0.1: 10 %%)")
@@ -81,48 +88,63 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write. 1 on a regression (or when measuring fails), 2 for options that cannot be, else 0."""
-    console = Console()
-    if options.quick:
-        options.processes, options.budget = min(options.processes, 3), min(options.budget, 20.0)
+    """Measure, write, print. 2 for options that cannot be, 130 when interrupted, 1 on a regression or a failure."""
+    console = Console(**PLAIN)
     try:
-        old = _checked(options)
+        if options.quick:
+            options.processes, options.budget = min(options.processes, 3), min(options.budget, 20.0)
+        old = checked(options)
         work = cases.asked(options)
-    except (ValueError, RuntimeError, TypeError) as error:
-        print(f"fused-rect profile: {error}", file=sys.stderr)
-        return 2
-    try:
-        frame = _measured(work, options, console)
+        if old is not None and not records.keys(old) & {records.key(case.about) for case in work[1:]}:
+            raise ValueError(f"{options.compare} has no case in common with this profile")
+        facts = machine(options.device, options.threads)
+        frame = measured(work, options, console)
+    except (ValueError, TypeError) as error:
+        return _failed(error, 2)
     except RuntimeError as error:
-        print(f"fused-rect profile: {error}", file=sys.stderr)
-        return 1
-    report.print_report(frame, console)
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted; nothing has been written", 130)
     comparison = None if old is None else compare(old, frame)
+    status = _write(frame, facts, comparison, options, console)
+    wide = Console(width=max(console.width, 130), **PLAIN)  # a narrower terminal may scroll; its tables stay whole
+    report.print_report(frame, wide)
     if comparison is not None:
-        report.print_comparison(comparison, options.tolerance, console)
-    _write(frame, comparison, options, console)
-    if comparison is not None and not comparison.changes:
-        print(f"fused-rect profile: {options.compare} has no case in common with this profile", file=sys.stderr)
-        return 2
-    return int(comparison is not None and bool(comparison.regressions(options.tolerance)))
+        report.print_comparison(comparison, options.tolerance, wide)
+        status |= bool(comparison.regressions(options.tolerance))
+    for case in records.cases(frame):
+        if not set(case[case.absent == ""].peer) - {COPY}:
+            status = _failed(f"nothing of {case.layer.iloc[0]}, {case['mode'].iloc[0]}, could be timed", 1)
+    return status
 
 
-def _checked(options: argparse.Namespace) -> Any:
-    """The records of --compare. Raises ValueError or RuntimeError for what could only fail after the measuring."""
-    for kind in ("json", "csv", "html"):
-        path: Path | None = getattr(options, kind)
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
+def _failed(why: object, status: int) -> int:
+    print("\n".join(map(records.shown, f"fused-rect profile: {why}".splitlines())), file=sys.stderr)
+    return status
+
+
+def checked(options: argparse.Namespace) -> Any:
+    """The records of --compare. Raises ValueError or TypeError for what could only fail after the measuring, and
+    RuntimeError for a user's model that fails."""
+    paths = {kind: path for kind in KINDS if (path := getattr(options, kind)) is not None}
+    if len({path.resolve() for path in paths.values()}) < len(paths):
+        raise ValueError(f"--{' and --'.join(paths)} name the same file")
+    for kind, path in paths.items():
+        try:
+            files.check(path)
+        except OSError as error:
+            raise ValueError(f"--{kind} {path} cannot be written: {error.strerror}") from error
     _check_combination(options)
+    old = None if options.compare is None else records.load(options.compare)
     try:
         torch.empty(1, device=options.device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    if options.model:
-        _check_model(options)
     if options.html:
         importlib.import_module(f"{__package__}.page")  # its packages may be missing
-    return None if options.compare is None else records.load(options.compare)
+    if options.model:
+        _check_model(options)
+    return old
 
 
 # What an option is about; given without it, it would be ignored.
@@ -134,7 +156,7 @@ def _check_combination(options: argparse.Namespace) -> None:
     if len(asked) > 1 and set(asked) != {"--shape", "--model"}:
         raise ValueError(f"{' and '.join(asked)} are different questions: ask one at a time")
     if options.model or options.scaling:
-        needless = [name for name in ("kernel", "stride", "out_channels", "batch", "part") if getattr(options, name)]
+        needless = [name for name in (*NEEDS, "part") if getattr(options, name)]
         needless += ["rectifier"] if options.model and options.rectifier else []
     else:
         about = "shape" if options.shape else "workload"
@@ -142,26 +164,27 @@ def _check_combination(options: argparse.Namespace) -> None:
     if needless:
         told = ", ".join(f"--{name.replace('_', '-')}" for name in needless)
         raise ValueError(f"{told}: says nothing about {' '.join(asked) or 'the default workload'}; leave it out")
+    if options.base in (FUSED_COMPILED, ALL_SITES) and not options.compile:
+        raise ValueError(f"--base {options.base!r} is timed with --compile alone: add it")
 
 
 def _check_model(options: argparse.Namespace) -> None:
     """Say which of the model's sites fuse() takes, and why not the others, before minutes go into timing it."""
     from fused_rect import fusion
 
-    from .peers import load_model
-
     shape = list(options.shape) if options.shape else None
-    model, _ = load_model(options.model, shape, options.dtype, options.device)
+    model, _ = load_model(options.model, shape, options.dtype[0], options.device)
     sites = fusion.report(model)
-    print(f"{sum(site.fused for site in sites)} of {len(sites)} sites of {options.model} are fused")
+    print(f"{sum(site.fused for site in sites)} of {len(sites)} sites of {records.shown(options.model)} are fused")
     for site in sites:
         if not site.fused:
             print(f"  {site}")
 
 
-def _measured(work: list[Case], options: argparse.Namespace, console: Console) -> Any:
+def measured(work: list[Case], options: argparse.Namespace, console: Console) -> Any:
+    """The records of ``work``; ``console`` shows how far it is."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     )  # fmt: skip
     with bar:
@@ -171,21 +194,34 @@ def _measured(work: list[Case], options: argparse.Namespace, console: Console) -
             processes=options.processes,
             rounds=options.rounds,
             budget=options.budget,
+            allocator=options.allocator,
             progress=lambda case: bar.update(task, advance=1, description=case),
         )
 
 
-def _write(frame: Any, comparison: Comparison | None, options: argparse.Namespace, console: Console) -> None:
-    command = shlex.join(["fused-rect", *sys.argv[1:]])
-    facts = machine(options.device, options.threads)
-    if options.json:
-        records.save(options.json, frame, facts, command)
-    if options.csv:
-        frame.to_csv(options.csv, index=False)
-    if options.html:
-        from .page import page
+def _write(
+    frame: Any, facts: dict[str, Any], comparison: Comparison | None, options: argparse.Namespace, console: Console
+) -> int:
+    """The files asked for, all that can be written; 1 where one could not."""
+    command, status = shlex.join(["fused-rect", *sys.argv[1:]]), 0
+    for kind in KINDS:
+        path: Path | None = getattr(options, kind)
+        if path is None:
+            continue
+        try:
+            if kind == "json":
+                records.save(path, frame, facts, command)
+            elif kind == "csv":
+                _save(path, frame.to_csv(index=False))
+            else:
+                from .page import page
 
-        options.html.write_text(page(frame, facts, command, comparison))
-    for kind in ("json", "csv", "html"):
-        if path := getattr(options, kind):
-            console.print(f"written: {path}")
+                _save(path, page(frame, facts, command, comparison))
+            console.print(f"written: {records.shown(str(path))}")
+        except OSError as error:
+            status = _failed(error, 1)
+    return status
+
+
+def _save(path: Path, text: str) -> None:
+    files.replace(path, lambda file: file.write(text.encode(errors="backslashreplace")))

@@ -12,13 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
 from .measure import CONFIDENCE, Interval
 from .peers import COPY, EAGER
-from .records import CASE
+from .records import CASE, key, shown
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class Comparison:
 def compare(then: pd.DataFrame, now: pd.DataFrame) -> Comparison:
     """Cases of both frames, by :data:`fused_rect.perf.profiling.records.CASE`; those of one alone are named."""
     before, after = _costs(then), _costs(now)
-    both = [key for key in after if key in before]
-    raw = [_change(before[key], after[key]) for key in both]
+    both = [name for name in after if name in before]
+    raw = [_change(before[name], after[name]) for name in both]
     adjusted = stats.false_discovery_control([p for _, p in raw]) if raw else []
-    changes = [Change(_name(key), key[-1], change, float(p), _verdict(change, p))
-               for key, (change, _), p in zip(both, raw, adjusted)]  # fmt: skip
+    changes = [Change(_name(case), case[-1], change, float(p), _verdict(change, p))
+               for case, (change, _), p in zip(both, raw, adjusted)]  # fmt: skip
     return Comparison(changes, *([_name(k) for k in a if k not in b] for a, b in ((before, after), (after, before))))
 
 
@@ -60,8 +59,8 @@ def _costs(records: pd.DataFrame) -> dict[tuple[Any, ...], dict[Any, Any]]:
     rows: dict[tuple[Any, ...], dict[Any, Any]] = {}
     for peer in (COPY, EAGER):  # eager takes the copy's place
         for row in usable[usable.peer == peer].to_dict("records"):
-            rows[tuple(row[name] for name in CASE)] = row
-    return {(*key, row["peer"]): row for key, row in rows.items()}
+            rows[key(row)] = row
+    return {(*case, row["peer"]): row for case, row in rows.items()}
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> tuple[Interval, float]:
@@ -74,15 +73,19 @@ def _change(before: dict[str, Any], after: dict[str, Any]) -> tuple[Interval, fl
     ]
     variance = sum(e**2 for e in errors)
     moved = logs[1] - logs[0]
-    if min(degrees) < 1:
-        return Interval(math.exp(moved), 0.0, math.inf, 0), 1.0
+    value = _exp(moved)
+    if min(degrees) < 1 or not math.isfinite(variance):
+        return Interval(value, 0.0, math.inf, 0), 1.0
     if variance == 0:
-        return Interval(math.exp(moved), math.exp(moved), math.exp(moved), sum(degrees)), float(moved == 0)
+        return Interval(value, value, value, sum(degrees)), float(moved == 0)
     free = variance**2 / sum(e**4 / d for e, d in zip(errors, degrees))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, free)) * variance**0.5
     p = 2 * float(stats.t.sf(abs(moved) / variance**0.5, free))
-    low, high = (float(np.exp(np.clip(moved + way * half, -700, 700))) for way in (-1, 1))
-    return Interval(math.exp(moved), low, high, int(free)), p
+    return Interval(value, _exp(moved - half), _exp(moved + half), int(free)), p
+
+
+def _exp(log: float) -> float:
+    return math.exp(min(max(log, -700.0), 700.0))
 
 
 def _verdict(change: Interval, p: float) -> str:
@@ -91,7 +94,7 @@ def _verdict(change: Interval, p: float) -> str:
     return "slower" if change.value > 1 else "faster"
 
 
-def _name(key: tuple[Any, ...]) -> str:
-    about = dict(zip(CASE, key))
-    words = (about[name] for name in ("workload", "layer", "rectifier", "part", "mode", "shape"))
-    return " ".join(str(word) for word in words if word)
+def _name(case: tuple[Any, ...]) -> str:
+    about = dict(zip(CASE, case))
+    words = (about[name] for name in ("workload", "layer", "rectifier", "part", "mode", "dtype", "layout", "shape"))
+    return shown(" ".join(str(word) for word in words if word))

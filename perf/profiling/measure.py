@@ -21,24 +21,22 @@ one process the rounds stand for the processes, and the interval is too narrow f
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
 from .memory import kept_bytes, peak_live_bytes
+from .named import UserError, named
 
 CONFIDENCE = 0.95
 LEAST_ROUNDS = 2  # rounds, however little time there is
@@ -47,7 +45,7 @@ Runs = Mapping[str, "Callable[[], Any] | str"]  # a call by name, or why there i
 
 @dataclass(frozen=True)
 class Case:
-    """What one round compares: ``build``, as :func:`named` reads it, called with ``arguments`` (JSON) gives the calls.
+    """What one round compares: the calls that ``build`` (see :mod:`.named`) makes of ``arguments`` (JSON).
 
     device: where the calls run. threads: torch's number of them, 0 for its own choice. memory: note each call's peak of
     live bytes and what it keeps for backward. about: what its records say of it.
@@ -76,8 +74,10 @@ class Interval:
 
     @property
     def log_error(self) -> float:
-        """Standard error of log(value)."""
-        return float(np.log(self.high / self.low) / 2 / _student(self.degrees)) if self.degrees else float("inf")
+        """Standard error of log(value); infinite where the interval has no end."""
+        if not (self.degrees and self.low > 0 and np.isfinite(self.high)):
+            return float("inf")
+        return float(np.log(self.high / self.low) / 2 / _student(self.degrees))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _student(degrees: int) -> float:
 
 # glibc keeps freed memory instead of giving it back to the system: else the place of a freed tensor in the heap decides
 # whether the next one costs page faults, which made equal processes differ twofold. Set in the environment, these win.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+KEEPING = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def measure(
@@ -133,20 +133,22 @@ def measure(
     rounds: int = 5,
     least: float = 0.01,
     budget: float = float("inf"),
+    allocator: str = "keeping",
     progress: Callable[[str], None] = lambda case: None,
 ) -> list[Samples]:
     """Run ``cases``, each in all of ``processes`` fresh processes, one after the other; ``progress`` hears of each.
 
     least: seconds a sample lasts at least. budget: seconds that all of it should take, shared out among what is left to
-    do; where they do not suffice, cases get fewer rounds, but two at least (a case's samples tell). Raises RuntimeError
-    with the end of its error output when a process fails.
+    do; where they do not suffice, cases get fewer rounds, but two at least (a case's samples tell). allocator:
+    "keeping" has glibc keep freed memory, "default" leaves it alone. Raises RuntimeError with the end of its error
+    output when a process fails. Processes end with this one, however it ends.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in cases]
     end = time.monotonic() + budget
     for process in range(processes):
         share = max(0.0, end - time.monotonic()) / (processes - process)
         order = {"process": process, "rounds": rounds, "least": least, "seconds": share}
-        for at, result in enumerate(_in_fresh_process(cases, order)):
+        for at, result in enumerate(_in_fresh_process(cases, order, allocator)):
             found[at].append(result)
             progress(cases[at].name)
     return [_joined(results) for results in found]
@@ -161,53 +163,50 @@ def _joined(results: list[dict[str, Any]]) -> Samples:
     return Samples(seconds, absent, results[0]["live_bytes"], results[0]["kept_bytes"])
 
 
-def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any]) -> Any:
-    order = {**order, "cases": [asdict(case) for case in cases]}
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", __spec__.name]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=ALLOCATOR | os.environ
-        ) as child:
+# A measuring process is a group of its own, which a reader of the pipe from its parent ends: whatever ends the parent
+# closes the pipe. It reads before torch is imported, which takes seconds.
+_CHILD = f"""
+import os, signal, sys, threading
+order, pipe = sys.stdin.buffer.readline(), os.dup(0)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def end_with_the_parent():
+    os.read(pipe, 1)
+    os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else os._exit(1)
+threading.Thread(target=end_with_the_parent, daemon=True).start()
+from {__name__} import main
+main(order)
+"""
+
+
+def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any], allocator: str) -> Iterator[dict[str, Any]]:
+    message = json.dumps({**order, "cases": [asdict(case) for case in cases]}) + "\n"
+    environment = ({} if allocator == "default" else KEEPING) | os.environ
+    command = [sys.executable, "-c", _CHILD]
+    with tempfile.TemporaryFile() as errors:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as child:
+            assert child.stdin is not None and child.stdout is not None
+            done = 0
             try:
-                assert child.stdin is not None and child.stdout is not None
                 with contextlib.suppress(BrokenPipeError):  # its exit status, below, says more
-                    child.stdin.write(json.dumps(order))
-                    child.stdin.close()
-                yield from map(json.loads, child.stdout)
+                    child.stdin.write(message.encode())
+                    child.stdin.flush()
+                for line in child.stdout:
+                    yield json.loads(line)
+                    done += 1
+                child.wait()
             except BaseException:
-                child.kill()
+                _end(child)
                 raise
-        if child.returncode:
+        if child.returncode or done < len(cases):
             errors.seek(0)
-            raise RuntimeError(f"a measuring process failed:\n{errors.read()[-4000:]}")
+            told = errors.read()[-4000:].decode(errors="replace").strip()
+            raise RuntimeError(f"a measuring process failed, with exit status {child.returncode}:\n{told}")
 
 
-def named(name: str) -> Any:
-    """The object that "module:name" or "path/to/file.py:name" names. Raises ValueError where there is none."""
-    module, _, attribute = name.rpartition(":")
-    try:
-        return getattr(_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), attribute)
-    except (AttributeError, FileNotFoundError, KeyError, ModuleNotFoundError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name!r} names nothing: expected module:name or file.py:name ({what})") from error
-
-
-def _file(path: Path) -> ModuleType:
-    """The module in ``path``, which stands in sys.modules, so that the source of its classes can be found."""
-    name = path.stem
-    while name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path.resolve()):
-        name += "_"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None  # its name ends in .py
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+def _end(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
 
 
 # ---- in the fresh process ----
@@ -265,8 +264,11 @@ def _sampler(run: Callable[[], Any], device: str, least: float) -> Callable[[], 
     return lambda: float(do_bench(run, warmup=5, rep=max(10, 1e3 * least), return_mode="median")) * 1e-3
 
 
-if __name__ == "__main__":
-    # Results go to the real standard output alone; what a measured model prints there goes to the error output.
+def main(order: bytes) -> None:
+    """Results go to the real standard output alone; what a measured model prints there goes to the error output."""
     with os.fdopen(os.dup(1), "w") as results:
         os.dup2(2, 1)
-        _worker(json.load(sys.stdin), results)
+        try:
+            _worker(json.loads(order), results)
+        except UserError as error:
+            sys.exit(str(error))

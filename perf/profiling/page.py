@@ -18,14 +18,13 @@ from .records import cases, judged, one
 from .scaling import curves
 
 TEMPLATE = Path(__file__).with_name("page.html")
-TITLES = {"layer": "convolution + bias + rectifier", "epilogue": "bias + rectifier alone", "model": "model"}
 # The table's columns: header, field, and how a value is shown.
 TABLE: list[tuple[str, str, Any]] = [
     ("layer", "layer", str), ("rectifier", "rectifier", str), ("part", "part", str), ("mode", "mode", str),
     ("peer", "peer", str), ("input", "shape", str), ("time", "seconds", report.seconds),
     ("time, low", "seconds_low", report.seconds), ("time, high", "seconds_high", report.seconds),
-    ("/ fused", "ratio", "{:.2f}".format), ("/ fused, low", "ratio_low", "{:.2f}".format),
-    ("/ fused, high", "ratio_high", "{:.2f}".format), ("verdict", "verdict", str),
+    ("ratio", "ratio", "{:.2f}".format), ("ratio, low", "ratio_low", "{:.2f}".format),
+    ("ratio, high", "ratio_high", "{:.2f}".format), ("verdict", "verdict", str),
     ("kept", "kept_bytes", report.size), ("peak", "live_bytes", report.size),
 ]  # fmt: skip
 
@@ -96,18 +95,19 @@ def _tiles(records: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 def _ratio_charts(measured: pd.DataFrame) -> list[Chart]:
     charts = []
-    for key, group in measured.groupby(["part", "mode", "peer"], sort=False):
-        part, mode, peer = map(str, key)
-        rows: list[Any] = list(group[group.absent == ""].itertuples(index=False))
-        if peer in (FUSED, *YARDSTICKS) or not rows:
+    for key, group in measured.groupby([*report.TABLE, "peer"], sort=False):
+        part, *how, peer = map(str, key)
+        ours = group.base.iloc[0]
+        rows: list[Any] = list(group[(group.absent == "") & group.ratio.notna()].itertuples(index=False))
+        if peer in (ours, *YARDSTICKS) or not rows:
             continue
         # Logarithmic and symmetric about 1: twice as fast is as far to the right as half as fast to the left.
         reach = math.log(min(max(1.5, *(max(r.ratio, 1 / r.ratio) for r in rows)) * 1.25, 32))
         place = lambda ratio, reach=reach: 50 + 50 * max(-1.0, min(1.0, math.log(max(ratio, 1e-9)) / reach))  # noqa: E731
         bars = [_ratio_bar(row, part, place) for row in rows]
         scale = f"logarithmic, from {math.exp(-reach):.2f} to {math.exp(reach):.2f}"
-        caption = f"{peer}'s time over fused's, {scale}: to the right of the line, fused is the faster"
-        charts.append(Chart(f"{TITLES[part]}, {mode}: against {peer}", caption, bars, 50.0))
+        caption = f"{peer}'s time over that of {ours}, {scale}: to the right of the line, {ours} is the faster"
+        charts.append(Chart(f"{', '.join((report.TITLES[part], *how))}: against {peer}", caption, bars, 50.0))
     return charts
 
 
@@ -123,8 +123,8 @@ def _memory_charts(measured: pd.DataFrame) -> list[Chart]:
     """What a call keeps for backward (its output included), eager above fused."""
     charts = []
     kept = measured[measured.kept_bytes > 0]
-    for key, group in kept.groupby(["part", "mode"], sort=False):
-        part, mode = map(str, key)
+    for key, group in kept.groupby(report.TABLE, sort=False):
+        part, *how = map(str, key)
         most = max(group.kept_bytes)
         bars = []
         for case in cases(group):
@@ -134,7 +134,8 @@ def _memory_charts(measured: pd.DataFrame) -> list[Chart]:
                     name = record.layer if part == "model" else f"{record.layer} · {record.rectifier}"
                     label = name if kind == "even" else ""
                     bars.append(Bar(label, f"{record.peer} {report.size(record.kept_bytes)}", 0, width, 0, 0, "", kind))
-        charts.append(Chart(f"{TITLES[part]}, {mode}: bytes kept", "for backward, the output included", bars))
+        title = f"{', '.join((report.TITLES[part], *how))}: bytes kept"
+        charts.append(Chart(title, "for backward, the output included", bars))
     return charts
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,13 +23,16 @@ import fused_rect as fr
 from fused_rect import ops
 from fused_rect.rules import Parameters
 
-from .measure import Runs, named
+from .measure import Runs
+from .named import described, named, users_code
 from .workloads import Layer
 
-FUSED, EAGER, IN_PLACE = "fused", "eager", "eager in place"
-COMPILED, FUSED_COMPILED, ONEDNN = "torch.compile", "fused, compiled", "oneDNN"
-CONVOLUTION, COPY, MATMUL = "convolution alone", "copy", "matrix product"
+FUSED, FUSED_IN_PLACE = "fused", "fused in place"
+EAGER, IN_PLACE, NO_BIAS = "eager", "eager in place", "eager, no bias"
+COMPILED, FUSED_COMPILED, ALL_SITES = "compiled", "fused compiled", "fused compiled, all sites"
+ONEDNN, CONVOLUTION, COPY, MATMUL = "oneDNN", "convolution alone", "copy", "matrix product"
 LEFT_OUT = "left out by default, since compiling takes seconds a case: add --compile"
+BASES = (FUSED, FUSED_IN_PLACE, FUSED_COMPILED, ALL_SITES)  # what the others' times may be divided by
 YARDSTICKS = (CONVOLUTION, COPY, MATMUL)
 PACKAGES = {"FlagGems": "flag_gems", "Apex": "apex", "xFormers": "xformers"}
 MODES = ("training", "inference", "forward")
@@ -68,23 +73,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 def layer(
     layer: dict[str, Any], part: str, mode: str, dtype: str, layout: str, device: str, compiled: bool = False
 ) -> Runs:
-    """A convolution with its rectifier (``part`` "layer"), or bias and rectifier on its output ("epilogue")."""
+    """Convolutions with their rectifiers (``part`` "layer"), or bias and rectifier on an output ("epilogue")."""
     torch.manual_seed(0)
     spec = Layer(**layer)
     like: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-    convolution: Any
-    convolution, activation = (m.to(**like).train(mode != "inference") for m in spec.modules())
-    convolution = convolution.to(memory_format=_format(layout, spec.rank))
-    parameters = [*convolution.parameters(), *activation.parameters()]
-    if mode == "inference":
-        for p in parameters:
-            p.requires_grad_(False)
-    shape = spec.shape if part == "layer" else spec.output
-    x = torch.randn(shape, **like).contiguous(memory_format=_format(layout, spec.rank))
+    format = _format(layout, spec.rank)
+    net = spec.network().to(**like).to(memory_format=format).train(mode != "inference")  # type: ignore[call-overload]
+    net.requires_grad_(mode != "inference")
+    x = torch.randn(spec.shape if part == "layer" else spec.output, **like).contiguous(memory_format=format)
     x.requires_grad_(mode != "inference")
-    build = _layer_calls if part == "layer" else _epilogue_calls
-    runs = build(spec, convolution, activation, x, mode, compiled)
-    output = torch.zeros(spec.output, **like).contiguous(memory_format=_format(layout, spec.rank))
+    runs = (_layer_calls if part == "layer" else _epilogue_calls)(spec, net, x, mode, compiled)
+    output = torch.zeros(spec.output, **like).contiguous(memory_format=format)
     runs[COPY] = lambda: output.clone()  # its memory allocated anew, as every call's is whose output is its own
     return runs
 
@@ -97,32 +96,50 @@ def model(
     original, inputs = load_model(factory, shape, dtype, device)
     rank = max((t.dim() - 2 for t in _tensors(inputs)), default=0)
     original = original.train(mode != "inference").to(memory_format=_format(layout, rank))
-    runs: dict[str, Call | str] = {}
-    for name, make in (
-        (FUSED, fr.fuse),
-        (EAGER, lambda m: m),
-        *(((COMPILED, torch.compile), (FUSED_COMPILED, _compile_fused)) if compiled else ()),
-    ):
-        made = make(copy.deepcopy(original))
-        runs[name] = _or_reason(made, inputs, list(made.parameters()), mode)
-    return runs if compiled else {**runs, COMPILED: LEFT_OUT}
+
+    def run(make: Callable[[nn.Module], Any]) -> Call | str:
+        made = copy.deepcopy(original)
+        return _or_reason(make(made), inputs, list(made.parameters()), mode)
+
+    return {FUSED: run(fr.fuse), EAGER: run(lambda m: m), **_compiled(run, compiled)}
 
 
-def load_model(factory: str, shape: list[int] | None, dtype: str, device: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """What ``factory``() gives: a module (its input is random, of ``shape``), or a module and its inputs."""
+EXPECTED = "a torch.nn.Module, a module and its inputs, or a function without arguments that returns either"
+
+
+def load_model(name: str, shape: list[int] | None, dtype: str, device: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module that ``name`` gives with its inputs, by default one random tensor of ``shape``.
+
+    Raises TypeError or ValueError where it gives something else, UserError where its code fails.
+    """
     torch.manual_seed(0)
-    made = named(factory)()
-    module, inputs = made if isinstance(made, tuple) else (made, None)
+    made = named(name)
+    if not isinstance(made, nn.Module | tuple):
+        _check_factory(name, made)
+        with users_code():
+            made = made()
+    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"--model {factory} must give a torch.nn.Module (and inputs), got {type(module).__name__}")
+        raise TypeError(f"--model {name} must be {EXPECTED}, got {type(module).__name__}")
     if inputs is None:
         if shape is None:
-            raise ValueError(f"--model {factory} gives no inputs: add --shape N,C,H,W, or return (module, inputs)")
+            raise ValueError(f"--model {name} gives no inputs: add --shape N,C,H,W, or return (module, inputs)")
         inputs = torch.randn(shape)
     cast = {"dtype": getattr(torch, dtype), "device": device}
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     floating = lambda t: t.to(**cast) if t.is_floating_point() else t.to(device)  # noqa: E731
     return module.to(**cast), _pytree.tree_map_only(Tensor, floating, inputs)
+
+
+def _check_factory(name: str, made: Any) -> None:
+    if not callable(made):
+        raise TypeError(f"--model {name} must be {EXPECTED}, got {type(made).__name__}")
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise TypeError(f"--model {name} must be {EXPECTED}, and calling it without arguments is {error}") from None
+    except ValueError:  # a builtin that shows no signature
+        pass
 
 
 def machine(device: str, copied: int, side: int, dtype: str) -> Runs:
@@ -135,54 +152,113 @@ def machine(device: str, copied: int, side: int, dtype: str) -> Runs:
 # ---- calls ----
 
 
-def _layer_calls(
-    spec: Layer, convolution: nn.Module, activation: nn.Module, x: Tensor, mode: str, compiled: bool
-) -> dict[str, Call | str]:
-    pair: Any = nn.Sequential(convolution, activation)
-    parameters = list(pair.parameters())
+def _layer_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: bool) -> dict[str, Call | str]:
+    parameters = list(net.parameters())
 
-    def run(module: Any) -> Call:
-        return step(module, (x,), parameters, mode)
+    def run(make: Callable[[nn.Module], Any]) -> Call | str:
+        return _or_reason(make(copy_of(net)), (x,), parameters, mode)
 
-    runs: dict[str, Call | str] = {FUSED: run(fr.fuse(copy_of(pair))), EAGER: run(pair)}
-    try:
-        runs[IN_PLACE] = run(nn.Sequential(convolution, spec.activation(inplace=True).train(activation.training)))
-    except TypeError as error:
-        runs[IN_PLACE] = str(error)
-    if compiled:
-        runs[COMPILED] = _or_reason(torch.compile(copy_of(pair)), (x,), parameters, mode)
-        runs[FUSED_COMPILED] = _or_reason(_compile_fused(copy_of(pair)), (x,), parameters, mode)
-    else:
-        runs[COMPILED] = LEFT_OUT
-    runs[ONEDNN] = _onednn(spec, convolution, activation, x, mode)
-    runs |= _packages(spec, pair, x, parameters, mode)
-    bare = copy_of(convolution)
-    bare.bias = None
-    runs[CONVOLUTION] = step(bare, (x,), list(bare.parameters()), mode)
+    runs = {FUSED: run(fr.fuse), EAGER: run(lambda m: m), IN_PLACE: _in_place_or_reason(net, run)}
+    runs |= _compiled(run, compiled)
+    runs[ONEDNN] = _onednn(spec, net, x, mode)
+    runs |= _packages(spec, net, x, parameters, mode)
+    maps: Any = copy_of(net)[::2]
+    for convolution in maps:
+        convolution.bias = None
+    runs[CONVOLUTION] = step(maps, (x,), list(maps.parameters()), mode)
     return runs
 
 
-def _epilogue_calls(
-    spec: Layer, convolution: Any, activation: nn.Module, x: Tensor, mode: str, compiled: bool
-) -> dict[str, Call | str]:
-    bias = convolution.bias
-    spread = bias.detach().view(-1, *(1,) * spec.rank).requires_grad_(bias.requires_grad)
-    plain = lambda z: activation(z + spread)  # noqa: E731
-    ours = lambda z: _fused_epilogue(z, bias, activation)  # noqa: E731
+def _epilogue_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: bool) -> dict[str, Call | str]:
+    """Calls on a convolution's output ``x``; those in place have one of their own, with no bias to add.
+
+    Half of its elements are positive and half zero, a fixed point: rewriting it changes no later round.
+    """
+    convolution: Any
+    convolution, activation = net
     slopes = list(activation.parameters())
-    runs: dict[str, Call | str] = {FUSED: step(ours, (x,), [bias, *slopes], mode)}
-    runs[EAGER] = step(plain, (x,), [spread, *slopes], mode)
-    if compiled:
-        runs[COMPILED] = _or_reason(torch.compile(plain), (x,), [spread, *slopes], mode)
+    trained = x.requires_grad
+    bias, none = convolution.bias, torch.zeros_like(convolution.bias).requires_grad_(trained)
+    wide, wide_none = (b.detach().view(-1, *(1,) * spec.rank).requires_grad_(trained) for b in (bias, none))
+    leaf, buffer = x.new_zeros(1).requires_grad_(trained), x.detach().relu()
+    fresh: Callable[[Tensor, Tensor], Any] = _Output.apply if trained else lambda leaf, buffer: buffer
+    plain = lambda z: activation(z + wide)  # noqa: E731
+    runs: dict[str, Call | str] = {
+        FUSED: step(lambda z: _fused(z, bias, activation), (x,), [bias, *slopes], mode),
+        EAGER: step(plain, (x,), [wide, *slopes], mode),
+        NO_BIAS: step(activation, (x,), slopes, mode),
+        FUSED_IN_PLACE: "PReLU's backward reads the convolution's output",
+    }
+    if not (slopes and trained):
+        ours = lambda leaf: _fused_(fresh(leaf, buffer), none, activation)  # noqa: E731
+        runs[FUSED_IN_PLACE] = step(ours, (leaf,), [none, *slopes], mode)
+
+    def in_place(make: Callable[[nn.Module], Any]) -> Call:
+        rectify = make(activation)
+        return step(lambda leaf: rectify(fresh(leaf, buffer).add_(wide_none)), (leaf,), [wide_none], mode)
+
+    runs[IN_PLACE] = _in_place_or_reason(activation, in_place)
+    runs[COMPILED] = _or_reason(torch.compile(plain), (x,), [wide, *slopes], mode) if compiled else LEFT_OUT
     return runs
 
 
-def _fused_epilogue(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
+class _Output(torch.autograd.Function):
+    """A convolution's output without its cost: ``buffer`` itself, as a tensor that autograd takes for a fresh one.
+
+    It adds some 10 us to a call in place that trains, ours and eager's alike.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, buffer: Tensor) -> Tensor:
+        return buffer.data
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _fused(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
     weight, rule = fr.nn.epilogue_arguments(activation)
     return ops.run(z, Parameters(bias, weight), rule)
 
 
-def _onednn(spec: Layer, convolution: Any, activation: Any, x: Tensor, mode: str) -> Call | str:
+def _fused_(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
+    weight, rule = fr.nn.epilogue_arguments(activation)
+    fr.ops.run_(z, bias, weight, None, *rule)
+    return z
+
+
+def _in_place_or_reason(net: nn.Module, run: Callable[[Callable[[Any], Any]], Call | str]) -> Call | str:
+    if any(isinstance(m, nn.PReLU) for m in net.modules()):
+        return "torch has no PReLU in place"
+
+    def in_place(module: nn.Module) -> nn.Module:
+        made: nn.Module = copy_of(module)
+        for m in made.modules():
+            if hasattr(m, "inplace"):
+                m.inplace = True  # type: ignore[assignment]
+        return made
+
+    return run(in_place)
+
+
+def _compiled(run: Callable[[Callable[[nn.Module], Any]], Call | str], wanted: bool) -> dict[str, Call | str]:
+    """By Inductor alone, by our backend with the sites that it chooses, and with all of them."""
+    if not wanted:
+        return {COMPILED: LEFT_OUT}
+    from fused_rect import compile as fused_compile
+
+    torch._dynamo.reset()  # else the models of earlier cases count towards the limit of recompilations
+    sites = {FUSED_COMPILED: "auto", ALL_SITES: "all"}
+    ours: dict[str, Callable[[nn.Module], Any]] = {COMPILED: torch.compile}
+    ours |= {
+        name: functools.partial(torch.compile, backend=fused_compile.backend, options={"fused_rect.sites": chosen})
+        for name, chosen in sites.items()
+    }
+    return {name: run(make) for name, make in ours.items()}
+
+
+def _onednn(spec: Layer, net: nn.Sequential, x: Tensor, mode: str) -> Call | str:
     """The convolution that Inductor puts into frozen CPU models: it applies the rectifier to its sums itself."""
     if mode != "inference" or x.device.type != "cpu":
         return "its fused convolution is for inference on a CPU"
@@ -190,20 +266,17 @@ def _onednn(spec: Layer, convolution: Any, activation: Any, x: Tensor, mode: str
         return "this torch was built without it"
     if spec.rectifier == "prelu":
         return "fuses no PReLU"
-    name, slopes = ("relu", []) if spec.rectifier == "relu" else ("leaky_relu", [_fixed_slope(activation)])
+    slope = fr.nn.epilogue_arguments(net[1])[1][1]
+    name, slopes = ("relu", []) if spec.rectifier == "relu" else ("leaky_relu", [slope])
     sizes = (spec.padding, spec.stride, (spec.dilation,) * spec.rank, 1)
+    convolutions: Any = net[::2]
 
     def run(x: Tensor) -> Any:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, convolution.weight, convolution.bias, *sizes, name, slopes, ""
-        )
+        for m in convolutions:
+            x = torch.ops.mkldnn._convolution_pointwise(x, m.weight, m.bias, *sizes, name, slopes, "")
+        return x
 
     return _or_reason(run, (x,), [], mode)
-
-
-def _fixed_slope(activation: Any) -> float:
-    slope: float = fr.nn.epilogue_arguments(activation)[1][1]
-    return slope
 
 
 def copy_of(module: nn.Module) -> Any:
@@ -211,18 +284,12 @@ def copy_of(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
-def _compile_fused(module: nn.Module) -> Any:
-    from fused_rect import compile as fused_compile
-
-    return torch.compile(module, backend=fused_compile.backend)
-
-
 def _or_reason(module: Any, inputs: tuple[Any, ...], parameters: Sequence[Tensor], mode: str) -> Call | str:
     try:
         run = step(module, inputs, parameters, mode)
         run()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return described(error)
     return run
 
 
@@ -255,13 +322,18 @@ def _with_flag_gems(pair: Any) -> Callable[..., Any]:
 
 
 def _apex(spec: Layer, pair: Any, x: Tensor, parameters: Sequence[Tensor], mode: str) -> Call | str:
-    conv = pair[0]
+    convolutions = pair[::2]
     square = len(set(spec.stride)) == len(set(spec.padding)) == 1 and spec.rank == 2 and spec.dilation == 1
     if spec.rectifier != "relu" or x.dtype != torch.float16 or not square:
         return "ConvBiasReLU serves float16 2d convolutions with ReLU"
     with contextlib.suppress(ImportError):
         fused: Any = importlib.import_module("apex.contrib.conv_bias_relu").ConvBiasReLU
-        run = lambda x: fused(x, conv.weight, conv.bias.view(1, -1, 1, 1), spec.padding[0], spec.stride[0])  # noqa: E731
+
+        def run(x: Tensor) -> Any:
+            for conv in convolutions:
+                x = fused(x, conv.weight, conv.bias.view(1, -1, 1, 1), spec.padding[0], spec.stride[0])
+            return x
+
         return _or_reason(run, (x,), parameters, mode)
     return "installed without its extension conv_bias_relu"
 

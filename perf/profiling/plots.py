@@ -78,11 +78,11 @@ def scaling(curve: Curve) -> list[str]:
         axes.plot(xs, [1e3 * p.seconds for p in curve.points], color=ACCENT, marker="o", markersize=4, label="fused")
         axes.plot(xs, [1e3 * p.copy_seconds for p in curve.points], color=MUTED, marker="o", markersize=4, label="copy")
         axes.legend()
-        axes.set_title(f"{curve.rectifier}, {curve.mode}: time")
+        axes.set_title(f"{curve.title}: time")
         time = _svg(figure, f"Time against {curve.axis}")
         figure, axes = _axes(curve.axis, "GB/s")
         axes.plot(xs, [p.bytes / p.seconds / 1e9 for p in curve.points], color=ACCENT, marker="o", markersize=4)
-        axes.set_title(f"{curve.rectifier}, {curve.mode}: bytes moved a second")
+        axes.set_title(f"{curve.title}: bytes moved a second")
         moved = _svg(figure, f"Bytes moved a second against {curve.axis}")
         figure, axes = _axes(curve.axis, "cost, copies")
         for note, color in (("", ACCENT), ("launch-bound", MUTED), ("not flat", WARN)):
@@ -95,7 +95,7 @@ def scaling(curve: Curve) -> list[str]:
                 axes.errorbar([p.x for p in chosen], [p.cost for p in chosen], spread, color=color, marker="o",
                               markersize=4, linestyle="", capsize=2, label=note or "flat")  # fmt: skip
         axes.legend()
-        axes.set_title(f"{curve.rectifier}, {curve.mode}: cost")
+        axes.set_title(f"{curve.title}: cost")
         return [time, moved, _svg(figure, f"Cost relative to a copy against {curve.axis}")]
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import pandas as pd
 
+from fused_rect import files
 from fused_rect.kernels import traffic
 
 from . import measure
 from .measure import Case, Interval, Samples, verdict
-from .peers import EAGER, FUSED, YARDSTICKS
+from .peers import EAGER, YARDSTICKS
 from .workloads import Layer
 
-SCHEMA = 1
+SCHEMA = 2
 NEVER = Interval(math.nan, math.nan, math.nan, 0)
 
 
@@ -27,8 +28,8 @@ NEVER = Interval(math.nan, math.nan, math.nan, 0)
 class Record:
     """One peer of one case. Times in seconds a call, with 95 % intervals; sizes in bytes.
 
-    ratio: this peer's time over the fused layer's, paired by round. bytes and flops: what the fused call has to move
-    and compute, as `fused_rect.kernels.traffic` declares it, with the convolution's where it is part of the call.
+    ratio: this peer's time over that of the peer ``base``, paired by round. bytes and flops: what the fused call has
+    to move and compute, as `fused_rect.kernels.traffic` declares it, with the convolution's where it is part of it.
     live_bytes: measured peak of what the call allocates. kept_bytes: measured, what it keeps for backward or returns.
     absent: why this peer was not timed.
     """
@@ -44,6 +45,8 @@ class Record:
     dtype: str
     layout: str
     threads: int
+    allocator: str  # "keeping" freed memory, or glibc's "default"
+    base: str
     shape: str
     output: str
     kernel: str
@@ -65,8 +68,10 @@ class Record:
 
 
 # What makes the records of one case, and two cases of different runs the same.
-CASE = ["workload", "layer", "part", "rectifier", "mode", "device", "dtype", "layout", "threads", "shape", "kernel"]
-COLUMNS = [field.name for field in fields(Record)]
+CASE = ["workload", "layer", "part", "rectifier", "mode", "device", "dtype", "layout", "threads", "allocator", "base",
+        "shape", "kernel"]  # fmt: skip
+KINDS = {field.name: str(field.type) for field in fields(Record)}
+COLUMNS = list(KINDS)
 
 
 def collect(cases: Sequence[Case], **how: Any) -> pd.DataFrame:
@@ -82,13 +87,14 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _records(case: Case, samples: Samples) -> list[Record]:
     processes, rounds = next((times.shape for times in samples.seconds.values()), (0, 0))
-    base = FUSED if FUSED in samples.seconds else None
+    base = case.about["base"]
+    based = base in samples.seconds
     made = []
     for peer in (*samples.seconds, *samples.absent):
         there = peer in samples.seconds
         time = samples.time(peer) if there else NEVER
-        ratio = samples.ratio(peer, base) if there and base else NEVER
-        judged = there and base and peer != FUSED and peer not in YARDSTICKS
+        ratio = samples.ratio(peer, base) if there and based else NEVER
+        judged = there and based and peer != base and peer not in YARDSTICKS
         made.append(
             Record(
                 **case.about,
@@ -130,30 +136,56 @@ def work(layer: Layer, part: str, mode: str, itemsize: int) -> tuple[int, int]:
     weights = layer.out_channels * layer.shape[1] * math.prod(layer.kernel)
     once = (math.prod(layer.shape) + weights + size) * itemsize  # each of the three tensors, read or written
     times = 3 if mode == "training" else 1  # forward, gradient of the input, gradient of the weight
-    return moved + times * once, computed + times * layer.flops
+    return layer.depth * (moved + times * once), layer.depth * computed + times * layer.flops
 
 
 # ---- files ----
 
 
+def plain(records: pd.DataFrame) -> list[dict[Any, Any]]:
+    """A dict for each record, None for what is not finite."""
+    finite = records.replace([math.inf, -math.inf], math.nan).astype(object)
+    rows: list[dict[Any, Any]] = finite.where(finite.notna(), None).to_dict("records")
+    return rows
+
+
 def save(path: Path, records: pd.DataFrame, environment: Mapping[str, Any], command: str) -> None:
     """A JSON file: the schema's number, the command, the environment and the records."""
-    rows = json.loads(records.to_json(orient="records", double_precision=15))  # NaN and infinities become null
-    text = json.dumps({"schema": SCHEMA, "command": command, "environment": environment, "records": rows}, indent=1)
-    path.write_text(text + "\n")
+    content = {"schema": SCHEMA, "command": command, "environment": environment, "records": plain(records)}
+    text = json.dumps(content, indent=1)
+    files.replace(path, lambda file: file.write((text + "\n").encode()))
 
 
 def load(path: Path) -> pd.DataFrame:
-    """The records of :func:`save`. Raises ValueError for a file that is none of its."""
+    """The records of :func:`save`. Raises ValueError for a file that is none of its, or damaged."""
     try:
-        content = json.loads(path.read_text())
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        content = json.loads(path.read_bytes())
         if content["schema"] != SCHEMA:
             raise ValueError(f"has schema {content['schema']}, this version reads {SCHEMA}: measure it anew")
-        loaded = frame(content["records"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of `fused-rect profile --json`: {error}") from error
-    numbers = [name for name in COLUMNS if name.startswith(("seconds", "ratio"))]
-    return loaded.astype(dict.fromkeys(numbers, float))
+        rows = content["records"]
+        for row in rows:
+            _check(row)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else error
+        raise ValueError(f"{path} is no file of `fused-rect profile --json`: {what}") from error
+    return frame(rows).astype({name: float for name, kind in KINDS.items() if kind == "float"})
+
+
+def _check(row: Any) -> None:
+    """Raises ValueError for what :func:`save` does not write, TypeError for what is no object of JSON."""
+    if sorted(row) != sorted(COLUMNS):
+        raise ValueError("a record has other fields")
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float, type(None))}
+    for name, value in row.items():
+        if not isinstance(value, kinds[KINDS[name]]) or isinstance(value, bool):
+            raise ValueError(f"{name} of a record is {value!r}")
+    if max(abs(row[name]) for name, kind in KINDS.items() if kind == "int") >= 2**53:
+        raise ValueError("a record holds a number that no profile comes to")
+    low, ratio, high = (row[name] for name in ("ratio_low", "ratio", "ratio_high"))
+    if ratio is not None and not (0 < ratio < math.inf and (low or 0) <= ratio <= (high or math.inf)):
+        raise ValueError(f"a ratio is {ratio}, its interval {low} to {high}")
 
 
 def cases(records: pd.DataFrame) -> list[pd.DataFrame]:
@@ -165,6 +197,26 @@ def one(case: pd.DataFrame, peer: str) -> Any:
     """The record of ``peer`` in a case, None where it is absent."""
     rows = case[(case.peer == peer) & (case.absent == "")]
     return next(rows.itertuples(index=False), None)
+
+
+def shown(text: str) -> str:
+    """``text`` as a terminal can have it: names and paths are anybody's, and control characters are commands to it."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def key(about: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a case from all others."""
+    return tuple(about[name] for name in CASE)
+
+
+def keys(records: pd.DataFrame) -> set[tuple[Any, ...]]:
+    """Of all cases but the machine's."""
+    return {key(row) for row in records[records.part != "machine"].to_dict("records")}
+
+
+def base(case: pd.DataFrame) -> Any:
+    """The record of the peer that the others are held against, None where it is absent."""
+    return one(case, case.base.iloc[0])
 
 
 def judged(records: pd.DataFrame, peer: str = EAGER) -> dict[str, int]:

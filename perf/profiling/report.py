@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .compare import Comparison
-from .peers import COPY, EAGER, FUSED, MATMUL, YARDSTICKS
-from .records import cases, judged, one
+from .peers import COPY, EAGER, MATMUL, YARDSTICKS
+from .records import base, cases, judged, one, shown
 from .scaling import Curve, curves
 
 MARKS = {"faster": ("▲", "green"), "slower": ("▼", "red"), "indistinguishable": ("≈", "dim"), "": (" ", "")}
@@ -21,7 +21,9 @@ STYLE: dict[str, Any] = {
     "title_justify": "left", "caption_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD,
     "padding": (0, 1), "pad_edge": False,
 }  # fmt: skip
-LEGEND = "under a peer: its time / fused's: ▲ fused is faster, ▼ slower, ≈ indistinguishable from 1 at 95 %"
+LEGEND = "under a peer: its time / that of {0}: ▲ {0} is faster, ▼ slower, ≈ indistinguishable from 1 at 95 %"
+TITLES = {"layer": "convolution + bias + rectifier", "epilogue": "bias + rectifier alone", "model": "model"}
+TABLE = ["part", "mode", "dtype", "layout"]  # what the cases of one table have in common
 
 
 def seconds(value: float) -> str:
@@ -43,30 +45,30 @@ def size(value: float) -> str:
 def print_report(records: pd.DataFrame, console: Console) -> None:
     """Tables of all cases, the curves of a scaling run, and the sentences of :func:`conclusions`."""
     measured = records[(records.part != "machine") & ~records.workload.str.startswith("scaling ")]
-    for (part, mode), group in measured.groupby(["part", "mode"], sort=False):
-        console.print(_table(str(part), str(mode), group))
+    for key, group in measured.groupby(TABLE, sort=False):
+        if (group.absent == "").any():
+            console.print(_table(group, *map(str, key)))
     for curve in curves(records):
         console.print(_curve_table(curve))
-    console.print(Group(*(Text(line) for line in conclusions(records))))
+    for line in conclusions(records):
+        console.print(shown(line), soft_wrap=True)
 
 
-def _table(part: str, mode: str, group: pd.DataFrame) -> Table:
-    peers = [p for p in group[group.absent == ""].peer.unique() if p != FUSED and p not in YARDSTICKS]
-    title = {"layer": "convolution + bias + rectifier", "epilogue": "bias + rectifier alone", "model": "model"}[part]
-    table = Table(title=f"{title}, {mode}", caption=LEGEND, **STYLE)
+def _table(group: pd.DataFrame, part: str, *how: str) -> Table:
+    ours = group.base.iloc[0]
+    peers = [p for p in group[group.absent == ""].peer.unique() if p != ours and p not in YARDSTICKS]
+    table = Table(title=", ".join((TITLES[part], *how)), caption=LEGEND.format(ours), **STYLE)
     table.add_column(part if part == "model" else "layer")
     if part != "model":
         table.add_column("rectifier")
-    for header in ("fused", *peers):
-        table.add_column(header, justify="right")
-    for header in {"epilogue": ("GB/s", "copies"), "layer": ("kept",), "model": ("kept", "peak")}[part]:
+    for header in (ours, *peers, *(("GB/s", "copies") if part == "epilogue" else ("kept", "peak"))):
         table.add_column(header, justify="right")
     for case in cases(group):
-        fused = one(case, FUSED)
-        if fused is not None:
-            name = [fused.layer] if part == "model" else [fused.layer, fused.rectifier]
+        found = base(case)
+        if found is not None:
+            name = [shown(found.layer)] if part == "model" else [shown(found.layer), found.rectifier]
             ratios = [_ratio(one(case, peer)) for peer in peers]
-            table.add_row(*name, seconds(fused.seconds), *ratios, *_extras(part, case, fused))
+            table.add_row(*name, seconds(found.seconds), *ratios, *_extras(part, case, found))
     return table
 
 
@@ -77,15 +79,13 @@ def _ratio(record: Any) -> Text:
     return Text(f"{record.ratio:.2f} {mark} {record.ratio_low:.2f}–{record.ratio_high:.2f}", style)
 
 
-def _extras(part: str, case: pd.DataFrame, fused: Any) -> tuple[str, ...]:
-    """Of an epilogue: bandwidth, and its cost in copies; else memory kept, and a model's peak, against eager's."""
+def _extras(part: str, case: pd.DataFrame, found: Any) -> tuple[str, ...]:
+    """Of an epilogue: bandwidth, and its cost in copies; else memory kept and its peak, against eager's."""
     if part == "epilogue":
-        return f"{fused.bytes / fused.seconds / 1e9:.1f}", f"{1 / one(case, COPY).ratio:.2f}"
+        return f"{found.bytes / found.seconds / 1e9:.1f}", f"{1 / one(case, COPY).ratio:.2f}"
     eager = one(case, EAGER)
-    kept = change(fused.kept_bytes, eager.kept_bytes if eager else 0)
-    if part == "model":
-        return kept, change(fused.live_bytes, eager.live_bytes if eager else 0)
-    return (kept,)
+    both = ("kept_bytes", "live_bytes")
+    return tuple(change(getattr(found, size), getattr(eager, size) if eager else 0) for size in both)
 
 
 def change(now: float, before: float) -> str:
@@ -94,7 +94,7 @@ def change(now: float, before: float) -> str:
 
 
 def _curve_table(curve: Curve) -> Table:
-    table = Table(title=f"{curve.axis}: {curve.rectifier}, {curve.mode}", **STYLE)
+    table = Table(title=f"{curve.axis}: {curve.title}", **STYLE)
     for header in (curve.axis, "time", "moved", "ns / element", "copies", ""):
         table.add_column(header, justify="left" if not header else "right")
     for p in curve.points:
@@ -117,11 +117,11 @@ def conclusions(records: pd.DataFrame) -> Iterator[str]:
         counts = judged(records[records.part == part])
         if total := sum(counts.values()):
             told = ", ".join(f"{word} in {count}" for word, count in counts.items())
-            yield f"Fused against eager, {part}: {told} of {total}."
+            yield f"{records.base.iloc[0]} against eager, {part}: {told} of {total}."
     for curve in curves(records):
         for p in curve.points:
             if p.note == "not flat":
-                yield f"Not flat: {curve.rectifier}, {curve.mode}, at {curve.axis} {p.x:,} costs {p.cost:.2f} copies."
+                yield f"Not flat: {curve.title}, at {curve.axis} {p.x:,} costs {p.cost:.2f} copies."
     missing = records[records.absent != ""].drop_duplicates(["peer", "absent"])
     for reason, group in missing.groupby("absent", sort=False):
         yield f"Absent: {', '.join(group.peer)}: {reason}."

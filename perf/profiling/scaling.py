@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .peers import COPY, FUSED
-from .records import cases, one
+from .peers import COPY
+from .records import base, cases, one
 from .workloads import Layer
 
 AXES = ("size", "batch", "channels", "threads")
@@ -48,8 +48,7 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     axis: str
-    rectifier: str
-    mode: str
+    title: str
     points: tuple[Point, ...]
 
 
@@ -79,16 +78,16 @@ def curves(records: pd.DataFrame) -> list[Curve]:
     """The curves among ``records``, their points judged."""
     swept = records[records.workload.str.startswith("scaling ")]
     made = []
-    for key, group in swept.groupby(["workload", "rectifier", "mode"], sort=False):
-        workload, rectifier, mode = map(str, key)
+    for key, group in swept.groupby(["workload", "rectifier", "mode", "dtype", "layout"], sort=False):
+        workload, *title = map(str, key)
         axis = workload.removeprefix("scaling ")
         raw = [_point(axis, case) for case in cases(group)]
-        made.append(Curve(axis, rectifier, mode, tuple(_judged(axis, sorted(raw, key=lambda p: p.x)))))
+        made.append(Curve(axis, ", ".join(title), tuple(_judged(axis, sorted(raw, key=lambda p: p.x)))))
     return made
 
 
 def _point(axis: str, case: pd.DataFrame) -> Point:
-    fused, copy = one(case, FUSED), one(case, COPY)
+    fused, copy = base(case), one(case, COPY)
     shape = [int(size) for size in fused.output.split("x")]
     x = {"size": math.prod(shape), "batch": shape[0], "channels": shape[1], "threads": fused.threads}[axis]
     return Point(

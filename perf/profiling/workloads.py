@@ -17,7 +17,10 @@ RECTIFIERS = ("relu", "leaky_relu", "prelu", "rrelu")
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of an input of ``shape`` (N, C, ...) and the rectifier that its network puts behind it."""
+    """A convolution of an input of ``shape`` (N, C, ...) and the rectifier behind it, ``depth`` times in a row.
+
+    rectifier: the one that its network puts there, "" where there is no network.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,6 +32,7 @@ class Layer:
     dilation: int = 1
     slope: float = 0.01  # of "leaky_relu"
     slopes: int = 1  # of "prelu": one, or one a channel
+    depth: int = 1
 
     def __post_init__(self) -> None:
         """Lists, as JSON has them, become tuples; stride 1 and the padding that keeps the size are the defaults."""
@@ -50,26 +54,25 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of the convolution's forward: a multiplication and an addition for each weight of each output element."""
-        return 2 * math.prod(self.output) * self.shape[1] * math.prod(self.kernel)
+        """Of the convolutions' forward: a multiplication and an addition for each weight of each output element."""
+        return 2 * math.prod(self.output) * self.shape[1] * math.prod(self.kernel) * self.depth
 
-    def modules(self) -> tuple[nn.Module, nn.Module]:
-        """The convolution with its bias, and the rectifier."""
+    def network(self) -> nn.Sequential:
+        """Convolutions with bias and rectifiers, as torch has them, out of place."""
+        return nn.Sequential(*(m for _ in range(self.depth) for m in (self._convolution(), self.activation())))
+
+    def _convolution(self) -> nn.Module:
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.rank - 1]
-        convolution = make(
+        return make(
             self.shape[1], self.out_channels, self.kernel, self.stride, self.padding, self.dilation  # type: ignore[arg-type]
         )  # fmt: skip
-        return convolution, self.activation()
 
-    def activation(self, inplace: bool = False) -> nn.Module:
-        """The rectifier; raises TypeError in place for PReLU, which torch has out of place alone."""
+    def activation(self) -> nn.Module:
         if self.rectifier == "prelu":
-            if inplace:
-                raise TypeError("torch has no PReLU in place")
             return nn.PReLU(self.slopes)
         if self.rectifier == "leaky_relu":
-            return nn.LeakyReLU(self.slope, inplace)
-        return nn.ReLU(inplace) if self.rectifier == "relu" else nn.RReLU(inplace=inplace)
+            return nn.LeakyReLU(self.slope)
+        return nn.ReLU() if self.rectifier == "relu" else nn.RReLU()
 
     def arguments(self) -> dict[str, Any]:
         """What makes this layer again, as JSON can hold it."""
@@ -78,8 +81,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Workload:
+    """fit: whether a CPU gets smaller batches."""
+
     source: str
     layers: tuple[Layer, ...]
+    fit: bool = True
 
 
 def square(name: str, n: int, c: int, size: int, out: int, k: int, rectifier: str, **more: Any) -> Layer:
@@ -178,6 +184,20 @@ RPN = Workload(
           for i, h, w in ((2, 200, 336), (3, 100, 168), (4, 50, 84), (5, 25, 42), (6, 13, 21))),
 )  # fmt: skip
 
+# Of no network: tensors that no cache holds, eight layers in a row for the memory that they keep, and a layer so small
+# that calling is all that it costs; three in a row that compilers see whole; one for GPUs, of 33.6M elements.
+CPU = Workload(
+    "docs/cpu.md: a layer of 16 x 64 x 56 x 56, eight of them in a row, and one of 1 x 8 x 8 x 8",
+    (
+        square("1x1", 16, 64, 56, 64, 1, ""),
+        square("8 in a row", 16, 64, 56, 64, 1, "", depth=8),
+        square("small", 1, 8, 8, 8, 3, ""),
+    ),
+    fit=False,
+)
+CHAIN = Workload("docs/compile.md: three layers in a row", (square("3 of 3x3", 8, 32, 48, 32, 3, "", depth=3),), False)
+GPU = Workload("what `make gpu-check` times: 32 x 64 x 128 x 128", (square("1x1", 32, 64, 128, 64, 1, ""),), False)
+
 WORKLOADS = {
     "nin": NIN,
     "rrdbnet": RRDBNET,
@@ -187,13 +207,17 @@ WORKLOADS = {
     "pix2pix": PIX2PIX,
     "vgg16": VGG16,
     "rpn": RPN,
+    "cpu": CPU,
+    "chain": CHAIN,
+    "gpu": GPU,
 }
 
 
 def _chosen() -> Workload:
     picked = (("nin", 1), ("rrdbnet", 0), ("hifigan", 3), ("pix2pix", 0))
-    layers = (replace(WORKLOADS[w].layers[i], name=f"{w} {WORKLOADS[w].layers[i].name}") for w, i in picked)
-    return Workload("One layer each of nin, rrdbnet, hifigan and pix2pix, with all four rectifiers", tuple(layers))
+    named = ((w, WORKLOADS[w].layers[i]) for w, i in picked)
+    layers = tuple(replace(layer, name=f"{w} {layer.name}", rectifier="") for w, layer in named)
+    return Workload("One layer each of nin, rrdbnet, hifigan and pix2pix, with all four rectifiers", layers)
 
 
 WORKLOADS["default"] = _chosen()

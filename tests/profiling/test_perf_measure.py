@@ -1,6 +1,8 @@
 """The measuring core: intervals that hold their coverage, rounds that interleave, processes that are fresh."""
 
 import os
+import signal
+import sys
 import time
 
 import numpy as np
@@ -55,6 +57,25 @@ def test_a_budget_leaves_two_rounds_at_least():
 def test_a_failing_process_says_why():
     with pytest.raises(RuntimeError, match="ValueError: no such layer"):
         measure([Case("bad", f"{__file__}:build_failing")], processes=1, rounds=1)
+
+
+def build_vanishing(how):
+    os._exit(0) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how, status", [("exit", "0"), ("kill", "-9")])
+def test_a_process_that_vanishes_is_a_failure(how, status):
+    with pytest.raises(RuntimeError, match=f"exit status {status}"):
+        measure([Case("vanishing", f"{__file__}:build_vanishing", {"how": how})], processes=1, rounds=1)
+
+
+def build_reading():
+    return {"read": lambda: sys.stdin.read(1)}
+
+
+def test_a_model_that_reads_finds_no_input():
+    (samples,) = measure([Case("reading", f"{__file__}:build_reading")], processes=1, rounds=2, least=1e-4)
+    assert list(samples.seconds) == ["read"]
 
 
 @pytest.mark.parametrize("between, within", [(0.0, 0.03), (0.02, 0.03), (0.02, 0.0)])
@@ -119,17 +140,3 @@ def test_on_a_gpu_a_sample_is_tritons_median(monkeypatch):
     ran = []
     assert core._sampler(lambda: ran.append(1), "cuda", 0.05)() == pytest.approx(50e-6)
     assert ran == [1]
-
-
-def test_named_objects_of_modules_and_files(tmp_path):
-    import inspect
-    import json as standard
-
-    file = tmp_path / "json.py"  # the name of a module that is there already
-    file.write_text("class Here:\n    pass\n")
-    here = core.named(f"{file}:Here")
-    assert inspect.getsource(here).startswith("class Here") and core.named(f"{file}:Here") is here
-    assert core.named("json:dumps") is standard.dumps
-    for name in ("no.module:f", "json:nothing", f"{tmp_path}/none.py:f", f"{file}:nothing", "json"):
-        with pytest.raises(ValueError, match="names nothing"):
-            core.named(name)

@@ -1,5 +1,6 @@
 """`fused-rect profile` end to end on tiny layers, its workloads, its peers, and our calls in a user's trace."""
 
+import inspect
 import json
 
 import pandas as pd
@@ -31,10 +32,10 @@ def profile(*arguments):
 @pytest.mark.parametrize("name, layer", LAYERS, ids=[f"{name} {layer.name}" for name, layer in LAYERS])
 def test_a_layers_numbers_are_those_of_its_convolution(name, layer):
     with torch.device("meta"):
-        convolution, activation = layer.modules()
-        y = activation(convolution(torch.empty(layer.shape)))
-    assert tuple(y.shape) == layer.output
-    assert layer.flops == 2 * y.numel() * convolution.weight[0].numel()
+        net = layer.network()
+        y = net(torch.empty(layer.shape))
+    assert tuple(y.shape) == layer.output and len(net) == 2 * layer.depth
+    assert layer.flops == 2 * y.numel() * net[0].weight[0].numel() * layer.depth
     assert Layer(**json.loads(json.dumps(layer.arguments()))) == layer
 
 
@@ -47,30 +48,54 @@ def test_batches_are_halved_to_fit():
 # ---- peers ----
 
 
-def calls(rectifier, part, mode, **more):
-    layer = square("a", 2, 3, 8, 4, 3, rectifier)
+def calls(rectifier, part, mode, depth=1, **more):
+    layer = square("a", 2, 3, 8, 3 if depth > 1 else 4, 3, rectifier, depth=depth)
     arguments = {"layout": "contiguous", "dtype": "float64", "device": "cpu"} | more
     return {k: v for k, v in peers.layer(layer.arguments(), part, mode, **arguments).items() if callable(v)}
 
 
 @pytest.mark.parametrize("layout", peers.LAYOUTS)
-@pytest.mark.parametrize("part", ("layer", "epilogue"))
+@pytest.mark.parametrize("part, depth", [("layer", 1), ("layer", 3), ("epilogue", 1)])
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
-def test_peers_compute_what_the_fused_call_computes(rectifier, part, layout):
+def test_peers_compute_what_the_fused_call_computes(rectifier, part, depth, layout):
     mode = "inference" if rectifier == "rrelu" else "training"  # its slopes are drawn anew by each call
-    runs = calls(rectifier, part, mode, layout=layout)
-    first = lambda made: made[0] if isinstance(made, list) else made  # noqa: E731
+    runs = calls(rectifier, part, mode, depth, layout=layout)
     expected = first(runs[peers.FUSED]())
-    names = set(runs) - {peers.FUSED, *peers.YARDSTICKS}
-    expected_names = {peers.EAGER}
+    names = {peers.EAGER}
     if part == "layer" and rectifier != "prelu":
-        expected_names |= {peers.IN_PLACE}
-    assert names == expected_names
+        names |= {peers.IN_PLACE}
+    elif part == "epilogue":
+        in_place = {peers.FUSED_IN_PLACE, peers.IN_PLACE} if rectifier != "prelu" else set()
+        assert set(runs) == {peers.FUSED, *names, peers.NO_BIAS, *in_place, peers.COPY}
     for name in names:
         torch.testing.assert_close(first(runs[name]()), expected)
     assert (expected < 0).any() or rectifier == "relu"
     if layout == "channels_last":
         assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
+def first(made):
+    return made[0] if isinstance(made, list) else made
+
+
+@pytest.mark.parametrize("mode", peers.MODES)
+@pytest.mark.parametrize("rectifier", RECTIFIERS)
+def test_calls_in_place_rewrite_one_output_that_stays_as_it_is(rectifier, mode):
+    runs = calls(rectifier, "epilogue", mode)
+    names = {peers.FUSED_IN_PLACE, peers.IN_PLACE} & set(runs)
+    assert names == {
+        "prelu": {peers.FUSED_IN_PLACE} if mode == "inference" else set()
+    }.get(rectifier, {peers.FUSED_IN_PLACE, peers.IN_PLACE})  # fmt: skip
+    made = [first(runs[name]()) for name in sorted(names) for _ in range(2)]
+    assert len({t.data_ptr() for t in made}) == min(1, len(made))
+    for t in made:
+        assert (t > 0).any() and (t == 0).any() and torch.equal(t, made[0])
+
+
+def test_without_bias_is_the_rectifier_alone():
+    runs = calls("leaky_relu", "epilogue", "inference")
+    z = inspect.getclosurevars(runs[peers.NO_BIAS]).nonlocals["inputs"][0]
+    torch.testing.assert_close(runs[peers.NO_BIAS](), torch.nn.functional.leaky_relu(z, 0.01))
 
 
 @pytest.mark.parametrize("rectifier", ("relu", "leaky_relu", "rrelu"))
@@ -82,7 +107,7 @@ def test_onednn_infers_what_the_fused_layer_infers(rectifier):
 @pytest.mark.exhaustive
 def test_compiled_peers_where_they_are_asked_for():
     runs = calls("leaky_relu", "layer", "inference", compiled=True)
-    for name in (peers.COMPILED, peers.FUSED_COMPILED):
+    for name in (peers.COMPILED, peers.FUSED_COMPILED, peers.ALL_SITES):
         torch.testing.assert_close(runs[name](), runs[peers.EAGER]())
 
 
@@ -172,10 +197,14 @@ def test_a_users_model_and_a_slowed_kernel_that_compare_catches(model, tmp_path,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--json", "no/such/folder/a.json"], "no folder that can be written to"),
+        (["--json", "no/such/folder/a.json"], "--json no/such/folder/a.json cannot be written"),
+        (["--csv", "."], "--csv . cannot be written: Is a directory"),
+        (["--html", "x" * 300], "cannot be written: File name too long"),
+        (["--json", "a", "--csv", "./a"], "--json and --csv name the same file"),
+        (["--base", "fused compiled"], "with --compile alone"),
         (["--compare", "absent.json"], "no file of `fused-rect profile --json`"),
         (["--model", "no.such.module:f"], "names nothing"),
-        (["--model", "collections:OrderedDict"], "must give a torch.nn.Module"),
+        (["--model", "collections:OrderedDict"], "must be a torch.nn.Module"),
         (["--model", "torch.nn:Identity"], "add --shape"),
         (["--model", "torch.nn:Identity", "--scaling", "size"], "one at a time"),
         (["--workload", "nin", "--shape", "1,2,3"], "one at a time"),
@@ -196,20 +225,6 @@ def test_a_shape_is_three_to_five_positive_sizes(shape, capsys):
     with pytest.raises(SystemExit) as stopped:
         profile("--shape", shape)
     assert stopped.value.code == 2 and "--shape" in capsys.readouterr().err
-
-
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    other = tmp_path / "other.json"
-    for text in ("{}", "[]", '{"schema": 99, "records": []}', "text"):
-        other.write_text(text)
-        with pytest.raises(ValueError, match="no file of"):
-            records.load(other)
-
-
-def test_records_survive_their_file(tmp_path):
-    frame = made_up()
-    records.save(tmp_path / "a.json", frame, {}, "")
-    pd.testing.assert_frame_equal(records.load(tmp_path / "a.json"), frame)
 
 
 # ---- scaling ----
@@ -249,11 +264,8 @@ def test_every_axis_has_points_of_its_own():
 
 def test_a_scaling_run_measures_and_prints_its_curve(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "points", lambda axis, threads: [(scaling._map(1, c, 8, 8), 1) for c in (1, 3)])
-    old = tmp_path / "old.json"
-    records.save(old, made_up(), {}, "")
-    assert profile("--scaling", "channels", *TINY, "--compare", old) == 2
-    printed = capsys.readouterr()
-    assert "ns / element" in printed.out and "no case in common" in printed.err
+    assert profile("--scaling", "channels", *TINY) == 0
+    assert "ns / element" in capsys.readouterr().out
 
 
 # ---- traces ----

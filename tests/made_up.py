@@ -11,6 +11,7 @@ def record(peer, seconds=1e-3, ratio=1.0, spread=1.02, degrees=4, **about):
     fields = {
         "workload": "default", "layer": "nin cccp1", "part": "layer", "rectifier": "leaky_relu", "mode": "training",
         "device": "cpu", "implementation": "native", "dtype": "float32", "layout": "contiguous", "threads": 2,
+        "allocator": "keeping", "base": FUSED,
         "shape": "2x192x32x32", "output": "2x160x32x32", "kernel": "1x1", "processes": degrees + 1, "rounds": 5,
         "bytes": 10**7, "flops": 10**6, "live_bytes": 0, "kept_bytes": 10**6, "absent": "",
     }  # fmt: skip
