@@ -224,7 +224,7 @@ def _fused(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
 
 def _fused_(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
     weight, rule = fr.nn.epilogue_arguments(activation)
-    fr.ops.run_(z, bias, weight, None, *rule)
+    ops.run_(z, Parameters(bias, weight), rule)
     return z
 
 
