@@ -23,6 +23,12 @@ EAGER = "fused_rect/backends/eager.py"
 DIRECT = "kernels/cpu/direct.cpp"
 DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
 DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
+BUILD, BACKENDS = "kernels/cpu/build.py", "fused_rect/backends/__init__.py"
+CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
+    f"fused_rect/study/{name}.py"
+    for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")
+)
+STUDY_FAULTS = ["tests/study/test_study_faults.py"]
 
 # The tests that run first for a file; where all of them pass, REST decides.
 FOCUSED = {
@@ -39,6 +45,11 @@ FOCUSED = {
     BATCHING: ["tests/ops/test_integrations.py", "tests/ops/test_ops.py"],
     DERIVATIVES: ["tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
     OPS: ["tests/test_functional.py", "tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
+    BUILD: ["tests/kernels/cpu/test_native_build.py"],
+    BACKENDS: ["tests/backends"],
+    **dict.fromkeys((CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES), STUDY_FAULTS),
+    STATISTICS: ["tests/study/test_study_report.py"],
+    TRAINING: ["tests/study/test_study_training.py"],
 }
 REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/test_gpu_check.py"]
 
@@ -342,4 +353,38 @@ MUTANTS = [
         "tensors = (t for t in args if isinstance(t, Tensor))",
         "tensors = (args[0],)",
     ),
+    # ---- faults: the build, whose choice it is, the study
+    Mutant(BUILD, "a damaged library is loaded", 'path.stem == f"{key}-{_hash(path.read_bytes())}"', "path.stat()"),
+    Mutant(BUILD, "what killed builds left stays", "_clear(where, prefix if alone else None)", "_clear(where, None)"),
+    Mutant(BUILD, "builds at work are cleared", "(prefix and left.name.startswith(prefix))", "prefix"),
+    Mutant(
+        BUILD,
+        "a failure without a word for it",
+        "except Exception as error:  # of the file",
+        "except KeyError as error:  #",
+    ),
+    Mutant(BUILD, "named before it is on the disk", "            _on_disk(out)\n", ""),
+    Mutant(BACKENDS, "forced for ever", "torch._C._stash_obj_in_tls(_OWN, previous)", "pass"),
+    Mutant(CHECKPOINT, "an unverified checkpoint", "if not _whole(path):", "if False:"),
+    Mutant(CHECKPOINT, "an unverified result", 'if value.pop("crc32") == _crc(value):', 'if value.pop("crc32"):'),
+    Mutant(CHECKPOINT, "another run's checkpoint", "    if found != identity:", "    if not identity:"),
+    Mutant(FOLDER, "settings merged", "    if names:", "    if len(names) > 2:"),
+    Mutant(FOLDER, "two studies at once", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    Mutant(FOLDER, "halves of killed studies stay", 'folder.rglob(".*.part")', 'folder.glob(".*.part")'),
+    Mutant(LOG, "another run's log", '["run"] != run:', '["run"] is None:'),
+    Mutant(LOG, "a torn line gone on from", "                file.truncate(end)\n", ""),
+    Mutant(RUNNER, "runs at work are waited for", "            worker.kill()", "            pass"),
+    Mutant(RUNNER, "a study that waits for its parent", "        os._exit(1)", "        return"),
+    Mutant(FORMATS, "any format of image", "formats=IMAGE_FORMATS", "formats=None"),
+    Mutant(FORMATS, "a huge image", "if image.width * image.height > MOST_PIXELS:", "if image.width < 0:"),
+    Mutant(ARCHIVES, "containers within themselves", "memo[index] not in _ATOMS)", 'memo[index] == "TUPLE2")'),
+    Mutant(ARCHIVES, "tuples of any depth", "_MOST_TUPLES = 100", "_MOST_TUPLES = 10_000_000"),
+    Mutant(
+        STATISTICS,
+        "diverged runs in n",
+        'frame["variant"] == variant, column].dropna()',
+        'frame["variant"] == variant, column]',
+    ),
+    Mutant(STATISTICS, "a pair of one", "(wide[b] - wide[a]).dropna()", "(wide[b] - wide[a]).fillna(0.0)"),
+    Mutant(TRAINING, "a diverged run trains on", "run.updates and not run.diverged:", "run.updates:"),
 ]

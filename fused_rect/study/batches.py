@@ -73,6 +73,12 @@ def prepare(dataset: datasets.Dataset, protocol: Protocol, seed: int, device: to
     )
 
 
+def check(dataset: datasets.Dataset, protocol: Protocol) -> None:
+    """Raises the ValueError that :func:`prepare` would."""
+    subset(len(dataset.train_labels), protocol, 0)
+    datasets.resized(dataset.train_images[:1], protocol.image)
+
+
 def subset(count: int, protocol: Protocol, seed: int) -> tuple[Indices, Indices]:
     """(training subset of ``seed``, held-out images): the held-out ones are the same for all seeds.
 

@@ -8,6 +8,7 @@ Without options, a study of minutes on two cores: Fashion-MNIST where it is inst
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import cost, data, distributed, report, runner
+from . import batches, cost, data, distributed, folder, report, runner
 from .formats import DataError
 from .protocol import SMALL, Protocol, public
 from .training import Job
@@ -64,9 +65,12 @@ def run(options: argparse.Namespace) -> int:
         console = Console(width=120)  # the tables' width, in a log
     try:
         return _run(options, console)
-    except (DataError, ValueError, FloatingPointError) as error:
+    except (DataError, ValueError, OSError) as error:
         console.print(f"fused-rect study: {error}", style="red", markup=False, highlight=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("fused-rect study: stopped; the same command goes on from here", markup=False, highlight=False)
+        return 130  # what a shell says of a process that an interrupt ended
     finally:
         distributed.stop()
 
@@ -77,6 +81,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     base = SMALL if options.scale == "small" else public(options.network or "nin", options.data or "")
     dataset = data.load(options.data or base.data, options.root)
     protocol = _protocol(options, dataset)
+    batches.check(dataset, protocol)
     device = distributed.start(options.device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs_folder = options.out / "runs"
@@ -88,16 +93,18 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         for seed in seeds
         for name in names
     ]  # fmt: skip
-    first = distributed.rank() == 0
-    progress = _progress(console if first else None, len(work))
-    found = runner.run_all(work, options.root, device, _jobs(options, device), progress)
-    costs = [] if options.no_cost or distributed.world_size() > 1 else cost.measure(protocol, names, dataset, device)
-    if first:
-        command = "fused-rect " + shlex.join(sys.argv[1:] or ["study"])
-        value = report.results(protocol, dataset, found, costs, command, device, distributed.world_size())
-        report.write(options.out, value)
-        report.show(console, value)
-        console.print(f"{options.out / 'report.html'}, {options.out / 'results.json'}", highlight=False)
+    first, processes = distributed.rank() == 0, distributed.world_size()
+    claim = folder.claimed(options.out, protocol, dataset.fingerprint(), processes)
+    with claim if first else contextlib.nullcontext():
+        progress = _progress(console if first else None, len(work))
+        found = runner.run_all(work, options.root, device, _jobs(options, device), progress)
+        costs = [] if options.no_cost or processes > 1 else cost.measure(protocol, names, dataset, device)
+        if first:
+            command = "fused-rect " + shlex.join(sys.argv[1:] or ["study"])
+            value = report.results(protocol, dataset, found, costs, command, device, processes)
+            report.write(options.out, value)
+            report.show(console, value)
+            console.print(f"{options.out / 'report.html'}, {options.out / 'results.json'}", highlight=False)
     return 0
 
 
@@ -152,10 +159,12 @@ def _progress(console: Console | None, total: int) -> runner.Report:
         done += 1
         if console is not None:
             final = result["final"]
-            console.print(
-                f"[{done}/{total}] {VARIANTS[job.variant].label}, seed {job.seed}: error "
-                f"{100 * final['test_error']:.2f} %, log-loss {final['test_loss']:.3f}",
-                markup=False, highlight=False,
-            )  # fmt: skip
+            said = (
+                f"diverged, {result['diverged']}"
+                if result["diverged"]
+                else f"error {100 * final['test_error']:.2f} %, log-loss {final['test_loss']:.3f}"
+            )
+            name = f"{VARIANTS[job.variant].label}, seed {job.seed}"
+            console.print(f"[{done}/{total}] {name}: {said}", markup=False, highlight=False)
 
     return report_one

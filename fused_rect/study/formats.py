@@ -2,18 +2,21 @@
 
 Each returns uint8 images (N, C, H, W) and int64 labels (N,). A missing or damaged file raises :class:`DataError`, which
 names it; the checksums are the publishers' (CIFAR, MD5) or those of the decompressed files (Fashion-MNIST, SHA-256).
+How long a file can be is known before, and no more of it is read or decompressed: a few MB of gzip can hold gigabytes
+of zeros, and a sparse file takes no room on its disk.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +38,27 @@ def check_digest(what: str, data: bytes, algorithm: str, expected: str) -> None:
         raise DataError(f"{what} is damaged: its {algorithm} is {found}, not {expected}; fetch it again")
 
 
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def read_at_most(file: Readable, limit: int, what: str) -> bytes:
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DataError(f"{what} is longer than the {limit:,} bytes that it can have; fetch it again")
+    return data
+
+
 # ---- IDX, the format of MNIST and Fashion-MNIST ----
 
+IDX_LONGEST = 16 + 60_000 * 28 * 28
 
-def idx(path: Path, dimensions: int, sha256: str | None) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, gzip-compressed where its name ends in .gz."""
+
+def idx(path: Path, dimensions: int, sha256: str | None, longest: int = IDX_LONGEST) -> NDArray[np.uint8]:
+    """An IDX file of unsigned bytes, at most ``longest`` of them, gzip-compressed where its name ends in .gz."""
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = read_at_most(file, longest, str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if sha256 is not None:
@@ -76,6 +92,11 @@ class Cifar:
     python_md5: Mapping[str, str]
     records: int  # in a file of the training set
     test_records: int = 10_000
+    longest_tar: int = 180_000_000  # the four archives have 168.5 to 170.5 million bytes
+
+    def longest(self, train: bool) -> int:
+        """Bytes of a file in either form: a pickled record has 3,106, and twice that where bytes are kept as UTF-8."""
+        return (self.records if train else self.test_records) * 6400 + 4096
 
 
 CIFAR10 = Cifar(
@@ -122,13 +143,14 @@ def cifar(root: Path, spec: Cifar) -> tuple[Split, Split, Path]:
     )
 
 
-Reader = Callable[[str], bytes]
+Reader = Callable[[str, int], bytes]
 
 
 def _folder_reader(folder: Path) -> Reader:
-    def read(name: str) -> bytes:
+    def read(name: str, longest: int) -> bytes:
         try:
-            return (folder / name).read_bytes()
+            with (folder / name).open("rb") as file:
+                return read_at_most(file, longest, str(folder / name))
         except OSError as error:
             raise DataError(f"{folder / name} cannot be read: {error}; unpack the archive again") from error
 
@@ -137,17 +159,21 @@ def _folder_reader(folder: Path) -> Reader:
 
 def _tar_reader(path: Path, spec: Cifar, binary: bool) -> Reader:
     """Members straight from the archive: nothing is unpacked, so no member's name can name a place on the disk."""
-    data = path.read_bytes()
+    try:
+        with path.open("rb") as file:
+            data = read_at_most(file, spec.longest_tar, str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     check_digest(str(path), data, "md5", (spec.binary_tar if binary else spec.python_tar)[1])
     folder = spec.binary_folder if binary else spec.python_folder
 
-    def read(name: str) -> bytes:
+    def read(name: str, longest: int) -> bytes:
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 member = tar.extractfile(f"{folder}/{name}")
                 assert member is not None
-                return member.read()
-        except (KeyError, AssertionError, tarfile.TarError, EOFError, zlib.error) as error:
+                return read_at_most(member, longest, f"{folder}/{name} in {path}")
+        except (OSError, KeyError, AssertionError, tarfile.TarError, EOFError, zlib.error) as error:
             raise DataError(f"{path} holds no readable {folder}/{name}: {error}") from error
 
     return read
@@ -162,7 +188,7 @@ def _split(read: Reader, decode: Callable[..., Any], spec: Cifar, train: bool) -
 
 
 def _binary_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[Images, Any]:
-    data = np.frombuffer(read(f"{name}.bin"), np.uint8)
+    data = np.frombuffer(read(f"{name}.bin", spec.longest(train)), np.uint8)
     count, size = (spec.records if train else spec.test_records), spec.label_bytes + 3072
     if data.size != count * size:
         raise DataError(f"{name}.bin of {spec.name} has {data.size} bytes, not {count} records of {size}")
@@ -171,7 +197,7 @@ def _binary_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[
 
 
 def _python_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[Images, Any]:
-    data = read(name)
+    data = read(name, spec.longest(train))
     check_digest(f"{name} of {spec.name}", data, "md5", spec.python_md5[name])
     try:
         batch = archives.loads(data)
@@ -187,6 +213,8 @@ def _python_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[
 # ---- folders of images, one a class (NDSB) ----
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_FORMATS = ("JPEG", "PNG")  # whatever the suffix: Pillow knows forty others, and starts Ghostscript for one
+MOST_PIXELS = 1 << 24  # the plankton images have at most a few hundred a side
 
 
 def class_folders(folder: Path, side: int) -> tuple[Images, Labels, list[str]]:
@@ -204,14 +232,16 @@ def class_folders(folder: Path, side: int) -> tuple[Images, Labels, list[str]]:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES)
+    return (p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def _grey(path: Path, side: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
+    except Exception as error:  # Pillow's decoders fail in many ways on files that are not theirs
+        raise DataError(f"{path} is not a readable JPEG or PNG image: {error}") from error

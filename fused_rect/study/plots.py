@@ -47,8 +47,11 @@ PANELS = (
 
 
 def learning_curves(runs: list[dict[str, Any]]) -> str:
-    """Means over seeds with 95 % intervals, one panel a figure."""
-    frame = pd.DataFrame([{"variant": r["variant"], **entry} for r in runs for entry in r["history"]])
+    """Means over the seeds that did not diverge, with 95 % intervals, one panel a figure; "" where none is left."""
+    kept = [r for r in runs if not r.get("diverged")]
+    if not kept:
+        return ""
+    frame = pd.DataFrame([{"variant": r["variant"], **entry} for r in kept for entry in r["history"]])
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
         for axis, (column, title) in zip(axes, PANELS):
@@ -76,7 +79,9 @@ def differences(frame: pd.DataFrame) -> str:
         for axis, metric in zip(axes, statistics.METRICS):
             wide = frame.pivot(index="seed", columns="variant", values=metric) * (100 if metric == "test_error" else 1)
             for row, key in enumerate(others):
-                d = (wide[key] - wide[first]).to_numpy()
+                d = (wide[key] - wide[first]).dropna().to_numpy()
+                if not len(d):
+                    continue
                 low, high = statistics.interval(d)
                 color = _SERIES[key]
                 axis.plot(d, np.full(len(d), row + 0.22), ".", color=color, alpha=0.45, markersize=5)

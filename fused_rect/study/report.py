@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import files
 from ..environment import machine
 from . import checkpoint, paper, statistics
 from .cost import Cost
@@ -42,7 +43,7 @@ def results(
             "name": dataset.name, "source": dataset.source, "sha256": dataset.fingerprint(), "classes": dataset.classes,
         },
         "environment": {**machine(str(device)), "processes": world_size},
-        "conclusions": statistics.conclusions(frame, int(frame["test_count"].max()) if len(frame) else 0),
+        "conclusions": statistics.conclusions(frame, int(frame["test_count"].fillna(0).max()) if len(frame) else 0),
         "summary": statistics.summary(frame).to_dict("records"),
         "differences": {m: statistics.differences(frame, m).to_dict("records") for m in statistics.METRICS},
         "cost": [dataclasses.asdict(cost) for cost in costs],
@@ -65,7 +66,8 @@ def _plain(value: Any) -> Any:
 def write(folder: Path, value: dict[str, Any]) -> None:
     """results.json and report.html in ``folder``."""
     checkpoint.save_json(folder / "results.json", value)
-    (folder / "report.html").write_text(html(value), encoding="utf-8")
+    page = html(value).encode()
+    files.replace(folder / "report.html", lambda file: file.write(page))
 
 
 def html(value: dict[str, Any]) -> str:
@@ -92,11 +94,14 @@ def html(value: dict[str, Any]) -> str:
 
 
 def rows(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One a variant: its label, each figure as {mean, low, high}, and the paper's figures."""
+    """One a variant: its label, the seeds in its means, each figure as {mean, low, high}, and the paper's figures."""
     variants = dict.fromkeys(entry["variant"] for entry in value["summary"])
     for key in variants:
         figures = {e["figure"]: e for e in value["summary"] if e["variant"] == key}
-        yield {"key": key, "label": VARIANTS[key].label, "paper": value["paper"]["results"][key], **figures}
+        n, lost = figures["test_loss"]["n"], sum(bool(r.get("diverged")) for r in value["runs"] if r["variant"] == key)
+        seeds = f"{n} ({lost} diverged)" if lost else str(n)
+        paper = value["paper"]["results"][key]
+        yield {"key": key, "label": VARIANTS[key].label, "seeds": seeds, "paper": paper, **figures}
 
 
 # ---- on the terminal ----
@@ -104,9 +109,9 @@ def rows(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def show(console: Console, value: dict[str, Any]) -> None:
     where = f"{value['data']['name']}, {value['protocol']['network']}"
-    title = f"{where}: mean [95 % interval] over {value['summary'][0]['n']} seeds" if value["summary"] else where
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{where}: mean [95 % interval] over seeds", title_justify="left")
     table.add_column("rectifier", no_wrap=True)
+    table.add_column("seeds", justify="right")
     for heading in ("error %", "log-loss", "train error %\n(eval mode)", "train error %\n(train mode)"):
         table.add_column(heading, justify="right")
     table.add_column("the paper's\nCIFAR-10 test error %", justify="right", style="dim")
@@ -116,7 +121,7 @@ def show(console: Console, value: dict[str, Any]) -> None:
             percent(row["train_mode_train_error"]),
         )  # fmt: skip
         below = (text.replace(" [", "\n[") for text in figures)
-        table.add_row(row["label"], *below, f"{100 * row['paper']['cifar-10'][1]:.2f}")
+        table.add_row(row["label"], row["seeds"], *below, f"{100 * row['paper']['cifar-10'][1]:.2f}")
     console.print(table)
     for metric, name in statistics.METRICS.items():
         console.print(_pairs_table(value["differences"][metric], name, metric))
@@ -168,6 +173,8 @@ def loss(figure: dict[str, Any]) -> str:
 
 def _figure(figure: dict[str, Any], factor: float, places: int) -> str:
     mean, low, high = (figure[k] for k in ("mean", "low", "high"))
+    if mean is None or pd.isna(mean):
+        return "n/a"
     text = f"{factor * mean:.{places}f}"
     if low is None or pd.isna(low):
         return text.replace("-", "−")

@@ -5,13 +5,17 @@ Results do not depend on the number of jobs. Each run keeps its own folder, so a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +47,39 @@ def _in_processes(
     work: list[Job], root: Path | None, device: torch.device, jobs: int, report: Report
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(jobs, len(work)), context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_work, job, root, str(device)): job for job in work}
         try:
+            with _no_interrupts_for_children():
+                futures = {pool.submit(_work, job, root, str(device)): job for job in work}
             for future in as_completed(futures):
                 job, result = futures[future], future.result()
                 report(job, result)
                 yield job, result
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:
+            # Not by shutdown, which waits for the runs at work and for those already handed out: a minute each.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError("a run's process was killed; the same command goes on from here") from error
             raise
+
+
+@contextlib.contextmanager
+def _no_interrupts_for_children() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all: they end by the parent's word alone.
+
+    A process inherits the mask of the thread that starts it; an interrupt that comes meanwhile reaches this one after.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else the first process starts it, which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

@@ -26,8 +26,17 @@ COLUMNS = ("train_error", "train_mode_train_error", "train_loss", "train_mode_tr
 
 
 def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a run: variant, seed and its final figures. Seeds that lack a variant are left out."""
-    frame = pd.DataFrame([{"variant": r["variant"], "seed": r["seed"], **r["final"]} for r in runs])
+    """One row a run: variant, seed, its final figures, and how it diverged if it did; then its figures are NaN, and no
+    mean or pair has them. Seeds that lack a variant are left out.
+    """
+    counts = {f"{name}_count": math.nan for name in ("train", "train_mode_train", "test")}
+    absent = {**dict.fromkeys(COLUMNS, math.nan), **counts}
+    frame = pd.DataFrame(
+        [
+            {"variant": r["variant"], "seed": r["seed"], "diverged": r.get("diverged"), **absent, **r["final"]}
+            for r in runs
+        ]
+    )
     variants = frame["variant"].nunique()
     complete = frame.groupby("seed")["variant"].transform("nunique") == variants
     return frame[complete].reset_index(drop=True)
@@ -43,11 +52,11 @@ def interval(values: Any) -> tuple[float, float]:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Per variant and figure: n, mean, low, high; in the paper's order."""
+    """Per variant and figure: n (seeds that the mean has), mean, low, high; in the paper's order."""
     rows = []
     for variant in order(frame):
         for column in COLUMNS:
-            values = frame.loc[frame["variant"] == variant, column]
+            values = frame.loc[frame["variant"] == variant, column].dropna()
             low, high = interval(values)
             rows.append((variant, column, len(values), values.mean(), low, high))
     return pd.DataFrame(rows, columns=["variant", "figure", "n", "mean", "low", "high"])
@@ -59,14 +68,15 @@ def order(frame: pd.DataFrame) -> list[str]:
 
 
 def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Every pair of variants: later - earlier in the paper's order, over the same seeds, with Holm-corrected p.
+    """Every pair of variants: later - earlier in the paper's order, over the seeds that both have (n), with
+    Holm-corrected p.
 
     `detectable` is the difference that the pair's spread lets these seeds find with 80 % power at Holm's strictest
     level; `seeds_needed` how many would find the observed one.
     """
     wide = frame.pivot(index="seed", columns="variant", values=metric)
     pairs = list(itertools.combinations(order(frame), 2))
-    rows = [_pair(wide[b] - wide[a], a, b, len(pairs)) for a, b in pairs]
+    rows = [_pair((wide[b] - wide[a]).dropna(), a, b, len(pairs)) for a, b in pairs]
     result = pd.DataFrame(rows)
     if rows:
         result["p_holm"] = multipletests(result["p"].fillna(1.0), LEVEL, method="holm")[1]
@@ -110,12 +120,17 @@ def _seeds_needed(mean: float, sd: float, pairs: int) -> float:
 def conclusions(frame: pd.DataFrame, reported_images: int) -> list[str]:
     """What the data separate and what they do not, as sentences made from the numbers."""
     seeds = sorted(frame["seed"].unique())
+    lost = _diverged(frame)
     if len(seeds) < 2:
-        return [f"{_count(len(seeds), 'seed')}: without a second one there is no spread, and nothing can be separated."]
+        why = "without a second one there is no spread, and nothing can be separated."
+        return [*lost, f"{_count(len(seeds), 'seed')}: {why}"]
     found = [
+        *lost,
         f"{_count(len(seeds), 'paired seed')}, {reported_images:,} images reported on; the intervals are 95 % t "
-        "intervals over seeds."
+        "intervals over seeds.",
     ]
+    if frame["test_loss"].isna().all():
+        return lost
     for metric in METRICS:
         found.append(_separated(differences(frame, metric), metric))
     found += filter(None, (_headline(differences(frame, metric), metric) for metric in METRICS))
@@ -123,14 +138,29 @@ def conclusions(frame: pd.DataFrame, reported_images: int) -> list[str]:
     return found
 
 
+def _diverged(frame: pd.DataFrame) -> list[str]:
+    """One sentence a variant that lost runs."""
+    found = []
+    for variant in order(frame):
+        rows = frame[frame["variant"] == variant]
+        lost = rows[rows["diverged"].notna()]
+        if len(lost):
+            each = "; ".join(f"seed {r['seed']}, {r['diverged']}" for r in lost.to_dict("records"))
+            runs = f"{len(lost)} of {_count(len(rows), 'run')} of {_label(variant)}"
+            are = "is" if len(lost) == 1 else "are"
+            found.append(f"{runs} diverged and {are} in no mean or pair ({each}); a smaller --lr may hold.")
+    return found
+
+
 def _separated(pairs: pd.DataFrame, metric: str) -> str:
     if pairs.empty:
         return f"One variant alone: there is no difference in {METRICS[metric]} to test."
     sure = pairs[pairs["separated"]]
-    typical = pairs["detectable"].median()
+    typical, fewest, most = pairs["detectable"].median(), int(pairs["n"].min()), int(pairs["n"].max())
+    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     blind = (
         f"Of the others, differences under about {_amount(typical, metric)} are too small for "
-        f"{int(pairs['n'].iloc[0])} seeds (80 % power at Holm's strictest level, for the median pair)."
+        f"{seeds} (80 % power at Holm's strictest level, for the median pair)."
         if len(sure) < len(pairs) and math.isfinite(typical)
         else ""
     )
@@ -151,21 +181,22 @@ def _below(row: Any, metric: str) -> str:
 def _headline(pairs: pd.DataFrame, metric: str) -> str:
     """The paper's claim, RReLU against ReLU, whatever came out."""
     row = next((r for r in pairs.to_dict("records") if (r["a"], r["b"]) == ("relu", "rrelu")), None)
-    if row is None:
+    if row is None or not row["n"]:
         return ""
     verdict = "separated" if row["separated"] else "not separated"
     needed = ""
     if not row["separated"] and math.isfinite(row["seeds_needed"]) and row["seeds_needed"] > row["n"]:
         needed = f"; were that the true difference and spread, about {int(row['seeds_needed']):,} seeds would show it"
     low, high = (_signed(row[bound], metric).removesuffix(" points") for bound in ("low", "high"))
+    interval = f" [{low}, {high}]" if row["n"] > 1 else " in one seed"
     return (
-        f"RReLU − ReLU in {METRICS[metric]}: {_signed(row['difference'], metric)} [{low}, {high}], "
+        f"RReLU − ReLU in {METRICS[metric]}: {_signed(row['difference'], metric)}{interval}, "
         f"Holm-corrected p {p_value(row['p_holm'], '= ')}: {verdict}{needed}."
     )
 
 
 def _training(frame: pd.DataFrame) -> list[str]:
-    means = frame.groupby("variant")[list(COLUMNS)].mean().loc[order(frame)]
+    means = frame.groupby("variant")[list(COLUMNS)].mean().loc[order(frame)].dropna()
     if len(means) < 2:
         return []
     gap = means["test_loss"] - means["train_loss"]

@@ -60,6 +60,7 @@ class Run:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: log-loss, errors, images
         self.identity = protocol.identity(p, job.variant, job.seed, dataset.fingerprint(), distributed.world_size())
         self.order: batches.Epoch | None = None
+        self.diverged: str | None = None  # how, if it has
         self.parallel = self.model
 
     # ---- resuming ----
@@ -72,13 +73,22 @@ class Run:
         """Go on from the checkpoint if there is one; rank 0 reads it for all. Then, with many ranks, wrap the model."""
         state = distributed.from_first(checkpoint.load(self.path, self.identity) if distributed.rank() == 0 else None)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.history = state["step"], state["history"]
-            self.sums = state["sums"][distributed.rank()].to(self.device)
+            try:
+                self._take(state)
+            except Exception as error:  # load_state_dict has its own ways to say that something is missing
+                why = f"{type(error).__name__}: {error}"
+                raise ValueError(
+                    f"{self.path} lacks what a run goes on from ({why}); delete it to start anew"
+                ) from error
         self.parallel = distributed.parallel(self.model, self.device)
         return state is not None
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
+        self.sums = state["sums"][distributed.rank()].to(self.device)
 
     def save(self) -> None:
         sums = distributed.gathered(self.sums)
@@ -121,19 +131,19 @@ class Run:
         self.step += 1
 
     def close_epoch(self) -> dict[str, float]:
-        """What the epoch's own updates saw (train mode, weights in motion), then its sums are zero again."""
+        """What the epoch's own updates saw (train mode, weights in motion), then its sums are zero again.
+
+        No losses where they are not finite: the run has diverged.
+        """
         loss, errors, images = distributed.total(self.sums.clone()).tolist()
         self.sums.zero_()
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.job.name}: the training loss is {loss} after {self.step} updates; try a smaller --lr"
-            )
+            self.diverged = f"the training loss is {loss} after {self.step:,} of {self.updates:,} updates"
         epochs = self.step / self.per_epoch
         return {
             "epoch": round(epochs, 3),
             "step": self.step,
-            "train_loss": loss / images,
-            "train_error": errors / images,
+            **({} if self.diverged else {"train_loss": loss / images, "train_error": errors / images}),
         }
 
     def measure(self, images: batches.Images, training: bool) -> tuple[float, float, int]:
@@ -207,48 +217,59 @@ def groups(model: nn.Module, p: Protocol) -> list[dict[str, Any]]:
 def execute(job: Job, dataset: Dataset, device: torch.device) -> dict[str, Any]:
     """Train ``job`` to its end, or return what an earlier process found, and keep its result beside its log.
 
-    Raises ValueError where the folder holds another run, FloatingPointError where the loss is no longer finite.
+    A run whose loss is no longer finite ends there; its result says so and has no final figures. Raises ValueError
+    where the folder holds another run or damaged files, OSError where nothing can be written.
     """
-    run = Run(job, dataset, device)
-    done = distributed.from_first(_finished(job, run.identity) if distributed.rank() == 0 else None)
+    run, path = Run(job, dataset, device), job.folder / "result.json"
+    done = distributed.from_first(checkpoint.load_result(path, run.identity) if distributed.rank() == 0 else None)
     if done is not None:
         return done  # type: ignore[no-any-return]
     resumed = run.resume()
     with Log(job.folder, job.name, distributed.rank() == 0, job.tensorboard) as log:
         log.write("resume" if resumed else "start", step=run.step, updates=run.updates, images=len(run.train))
-        while run.step < run.updates:
+        while run.step < run.updates and not run.diverged:
             run.update()
             last = run.step == run.updates
             if run.step % run.per_epoch == 0 or last:
-                entry = run.close_epoch()
-                if last or (run.step // run.per_epoch) % job.evaluate_every == 0:
-                    entry["test_loss"], entry["test_error"], _ = run.measure(run.report, training=False)
-                run.history.append(entry)
-                log.write("epoch", **entry)
-            if job.checkpoint_every and run.step % job.checkpoint_every == 0 and not last:
+                _end_epoch(run, log, last)
+            if job.checkpoint_every and run.step % job.checkpoint_every == 0 and not last and not run.diverged:
                 run.save()
         result = _result(run)
-        log.write("result", **result["final"])
+        log.write("diverged", why=run.diverged) if run.diverged else log.write("result", **result["final"])
     if distributed.rank() == 0:
-        checkpoint.save_json(job.folder / "result.json", {"identity": run.identity, **result})
+        checkpoint.save_result(path, run.identity, result)
         run.path.unlink(missing_ok=True)
     return result
 
 
-def _finished(job: Job, identity: str) -> dict[str, Any] | None:
-    path = job.folder / "result.json"
-    if not path.is_file():
-        return None
-    result = checkpoint.load_json(path)
-    if result.pop("identity", None) != identity:
-        raise ValueError(
-            f"{path} is the result of a run with other settings, data or number of processes; "
-            "name another folder with --out, or delete it"
-        )
-    return result
+def _end_epoch(run: Run, log: Log, last: bool) -> None:
+    entry = run.close_epoch()
+    due = last or (run.step // run.per_epoch) % run.job.evaluate_every == 0
+    if due and not run.diverged:
+        loss, error, _ = run.measure(run.report, training=False)
+        if math.isfinite(loss):
+            entry |= {"test_loss": loss, "test_error": error}
+    run.history.append(entry)
+    log.write("epoch", **entry)
 
 
 def _result(run: Run) -> dict[str, Any]:
+    final = {} if run.diverged else _final(run)
+    lost = [name for name, value in final.items() if not math.isfinite(value)]
+    if lost:
+        run.diverged = f"the {lost[0].replace('_', ' ')} is {final[lost[0]]} after the last update"
+    return {
+        "variant": run.job.variant,
+        "seed": run.job.seed,
+        "updates": run.step,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "diverged": run.diverged,
+        "final": {} if run.diverged else final,
+        "history": run.history,
+    }
+
+
+def _final(run: Run) -> dict[str, float]:
     final: dict[str, float] = {}
     for name, images, training in (
         ("train", run.train, False),
@@ -256,11 +277,4 @@ def _result(run: Run) -> dict[str, Any]:
         ("test", run.report, False),
     ):
         final[f"{name}_loss"], final[f"{name}_error"], final[f"{name}_count"] = run.measure(images, training)
-    return {
-        "variant": run.job.variant,
-        "seed": run.job.seed,
-        "updates": run.updates,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "final": final,
-        "history": run.history,
-    }
+    return final

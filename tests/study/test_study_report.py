@@ -1,6 +1,7 @@
 """Statistics against hand-made numbers, sentences that follow the numbers, the report, and the command end to end."""
 
 import importlib.util
+import io
 import json
 import math
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fused_rect import cli
 from fused_rect.study import paper, plots, report, statistics
@@ -73,6 +75,85 @@ def test_equal_runs_and_constant_differences():
 def test_seeds_that_lack_a_variant_are_left_out():
     made = runs({"relu": [1.0, 2.0, 3.0], "rrelu": [1.0, 2.0]})
     assert statistics.table(made)["seed"].tolist() == [0, 1, 0, 1]
+
+
+# ---- runs that diverged ----
+
+
+def lose(made, *which):
+    """``made`` with the runs (variant, seed) diverged, as training reports them."""
+    for run in made:
+        if (run["variant"], run["seed"]) in which:
+            run["diverged"] = "the training loss is nan after 5 of 9 updates"
+            run |= {"final": {}, "history": [{"epoch": 1, "step": 5}]}
+    return made
+
+
+def test_a_diverged_run_is_in_no_mean_and_in_no_pair():
+    losses = {"relu": [1.0, 9.0, 2.0, 3.0], "prelu": [2.0, 7.0, 3.5, 4.0], "rrelu": [1.5, 2.5, 2.5, 5.0]}
+    frame = statistics.table(lose(runs(losses), ("relu", 1)))
+    summary = statistics.summary(frame).set_index(["variant", "figure"])
+    assert summary.loc["relu", "test_loss"][["n", "mean"]].tolist() == [3, 2.0]
+    assert summary.loc["prelu", "test_loss"][["n", "mean"]].tolist() == [4, 16.5 / 4]
+    pairs = statistics.differences(frame, "test_loss").set_index(["a", "b"])
+    assert pairs.loc["relu", "prelu"][["n", "difference"]].tolist() == [3, pytest.approx(3.5 / 3)]
+    assert pairs.loc["prelu", "rrelu"]["n"] == 4
+    said = " ".join(statistics.conclusions(frame, 100))
+    assert "1 of 4 runs of ReLU diverged and is in no mean or pair (seed 1, the training loss is nan" in said
+    assert "3 to 4 seeds" in said
+
+
+ALL = [(v, s) for v in ("relu", "rrelu") for s in range(3)]
+
+
+@pytest.mark.parametrize(
+    "lost, seeds",
+    [
+        ([], ["3", "3"]),
+        ([("relu", 0)], ["2 (1 diverged)", "3"]),
+        ([("relu", 0), ("rrelu", 1)], ["2 (1 diverged)", "2 (1 diverged)"]),
+        (ALL[:2], ["1 (2 diverged)", "3"]),
+        (ALL[:3], ["0 (3 diverged)", "3"]),
+        (ALL[:2] + ALL[4:], ["1 (2 diverged)", "1 (2 diverged)"]),
+        (ALL, ["0 (3 diverged)", "0 (3 diverged)"]),
+    ],
+    ids=lambda x: str(len(x)),
+)
+def test_the_report_is_written_whatever_diverged(study, tmp_path, lost, seeds):
+    value = json.loads((study[0] / "results.json").read_text())
+    made = lose(runs({"relu": [1.0, 1.2, 1.1], "rrelu": [0.9, 1.0, 1.2]}), *lost)
+    frame = statistics.table(made)
+    again = report._plain(
+        value
+        | {
+            "runs": made,
+            "conclusions": statistics.conclusions(frame, 100),
+            "summary": statistics.summary(frame).to_dict("records"),
+            "differences": {m: statistics.differences(frame, m).to_dict("records") for m in statistics.METRICS},
+        }
+    )
+    report.write(tmp_path, again)
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    page = (tmp_path / "report.html").read_text()
+    console = Console(width=120, file=io.StringIO())
+    report.show(console, again)
+    assert [row["seeds"] for row in report.rows(again)] == seeds
+    for text in (page, console.file.getvalue()):
+        assert all(cell in text for cell in seeds) and "nan %" not in text
+        assert ("diverged" in text) == bool(lost) and ("n/a" in text) >= ("0 (3 diverged)" in seeds)
+
+
+def test_a_study_that_diverges_ends_with_its_report(tmp_path, capsys):
+    options = (
+        "study --data digits --seeds 2 --variants relu,prelu --epochs 2 --width 0.03125 --train-images 64 --jobs 1"
+    )
+    arguments = [*options.split(), "--lr", "1e30", "--no-cost", "--out", str(tmp_path)]
+    for _ in range(2):  # and again, from what is kept
+        assert cli.main(arguments) == 0
+        assert "diverged, the training loss is" in " ".join(capsys.readouterr().out.split())
+    value = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert all(run["diverged"] for run in value["runs"]) and {e["n"] for e in value["summary"]} == {0}
+    assert "2 of 2 runs of PReLU diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_power_figures():

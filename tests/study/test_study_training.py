@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +75,7 @@ def test_killed_and_started_again_ends_with_the_same_numbers(tmp_path):
             child.send_signal(signal.SIGKILL)
         child.wait()
         assert (folder / "result.json").exists() != kill
-    found = checkpoint.load_json(folder / "result.json")
+    found = checkpoint.unsealed((folder / "result.json").read_bytes())
     found.pop("identity")
     assert found == json.loads(json.dumps(whole))
     events = [json.loads(line)["event"] for line in _whole_lines(folder / "log.jsonl")]
@@ -207,9 +209,30 @@ def test_train_mode_measures_with_dropout_and_leaves_the_model_alone(tmp_path):
     assert run.model.training and all(m.momentum == 0.1 for m in run.model.modules() if hasattr(m, "momentum"))
 
 
-def test_a_diverged_run_says_so(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"prelu-seed0.*--lr"):
-        training.execute(job(tmp_path, "prelu", lr=1e6), dataset(), CPU)
+def test_a_diverged_run_ends_says_so_and_is_not_trained_again(tmp_path, monkeypatch):
+    result = training.execute(job(tmp_path, "prelu", lr=1e6), dataset(), CPU)
+    assert re.fullmatch(r"the training loss is (nan|inf) after \d of 12 updates", result["diverged"])
+    assert result["final"] == {} and "train_loss" not in result["history"][-1]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["event"] == "diverged" and log[-1]["why"] == result["diverged"]
+    monkeypatch.setattr(training.Run, "update", None)
+    assert training.execute(job(tmp_path, "prelu", lr=1e6), dataset(), CPU) == result
+
+
+@pytest.mark.parametrize("what", ["train", "test"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_is_not_finite_at_its_end_has_diverged(tmp_path, monkeypatch, what, value):
+    measure = training.Run.measure
+
+    def lost(run, images, training):
+        loss, error, count = measure(run, images, training)
+        return (value if images is (run.train if what == "train" else run.report) else loss), error, count
+
+    monkeypatch.setattr(training.Run, "measure", lost)
+    result = training.execute(job(tmp_path), dataset(), CPU)
+    assert result["diverged"] == f"the {what} loss is {value} after the last update" and result["final"] == {}
+    assert ("test_loss" in result["history"][-1]) == (what == "train")
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"channels_last": True}, {"epilogue": "eager"}], ids=str)
@@ -273,7 +296,7 @@ def _slopes_are_independent():
 def test_two_processes_equal_one(tmp_path):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(_ranks, (str(tmp_path / "store"), tmp_path), nprocs=2)
-    two, other = (checkpoint.load_json(tmp_path / f"rank{rank}.json") for rank in range(2))
+    two, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert two == other, "both ranks report the same"
     for variant in DETERMINISTIC:
         one = training.execute(job(tmp_path / "one" / variant, variant, dropout=0.0), dataset(), CPU)
