@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, rules
+from .internals import dispatch_modes, transforms_active
 from .rules import PRELU, RELU, Parameters, Rule
 from .tracing import leaf
 
@@ -164,7 +165,7 @@ def share_bias(bias: Tensor | None, rank: int, device: torch.device) -> Shared:
         return Shared(None, bias, False)
     if not (torch.is_grad_enabled() and bias.requires_grad):
         return Shared(bias, None, False)
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if transforms_active() or torch.compiler.is_exporting():
         return Shared(bias, None, False)
     return Shared(bias.detach(), bias, True)
 
@@ -199,9 +200,9 @@ def _may_overwrite(z: Tensor, parameters: Parameters, rule: Rule) -> bool:
         return False
     return not (
         torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
+        or transforms_active()
         or hasattr(z, "device_mesh")
-        or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
+        or (not torch.compiler.is_compiling() and dispatch_modes() > 0)
     )
 
 

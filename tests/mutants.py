@@ -29,6 +29,7 @@ CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
     for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")
 )
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
+AUTOGRAD, FUNCTIONAL, REFERENCE = "fused_rect/ops/autograd.py", "fused_rect/functional.py", "fused_rect/reference.py"
 
 # The tests that run first for a file; where all of them pass, REST decides.
 FOCUSED = {
@@ -44,12 +45,20 @@ FOCUSED = {
     SHARDING: ["tests/ops/test_distributed.py"],
     BATCHING: ["tests/ops/test_integrations.py", "tests/ops/test_ops.py"],
     DERIVATIVES: ["tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
-    OPS: ["tests/test_functional.py", "tests/ops/test_ops.py", "tests/ops/test_integrations.py"],
     BUILD: ["tests/kernels/cpu/test_native_build.py"],
     BACKENDS: ["tests/backends"],
     **dict.fromkeys((CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES), STUDY_FAULTS),
     STATISTICS: ["tests/study/test_study_report.py"],
     TRAINING: ["tests/study/test_study_training.py"],
+    OPS: [
+        "tests/ops/test_ops.py",
+        "tests/test_functional.py",
+        "tests/ops/test_integrations.py",
+        "tests/test_compile.py",
+    ],
+    AUTOGRAD: ["tests/ops/test_ops.py", "tests/ops/test_second_order.py", "tests/ops/test_integrations.py"],
+    FUNCTIONAL: ["tests/test_functional.py", "tests/test_layers_numbers.py", "tests/ops/test_checkpoint.py"],
+    REFERENCE: ["tests/test_reference.py", "tests/ops/test_ops.py"],
 }
 REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/test_gpu_check.py"]
 
@@ -278,75 +287,87 @@ MUTANTS = [
     Mutant(DIRECT, "a leaf overwritten", " || (input.is_leaf() && input.requires_grad())", ""),
     Mutant(DIRECT, "another seed than the one given", "seed_ || law.rule != rrelu ?", "law.rule != rrelu ?"),
     # ---- the eager path
-    Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(z > 0, 0)", "masked_fill_(z < 0, 0)"),
-    Mutant(
-        EAGER,
-        "z = 0 on the positive side (prelu)",
-        "g = torch.where(z > 0, g, g * reference",
-        "g = torch.where(z >= 0, g, g * reference",
-    ),
-    Mutant(
-        EAGER,
-        "z = 0 on the positive side (leaky)",
-        "g = torch.where(z > 0, g, g * lower)",
-        "g = torch.where(z >= 0, g, g * lower)",
-    ),
+    Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(~negative, 0)", "masked_fill_(negative, 0)"),
     Mutant(EAGER, "a 16-bit result that is not stored", "        out.copy_(z)\n", "        pass\n"),
+    Mutant(EAGER, "the wrong axis of the sum", "if d != 1]", "if d != 0]"),
     Mutant(
         EAGER,
-        "a bias gradient without the slope",
-        "torch.where(out > 0, grad.float(), grad.float() * slope)",
-        "grad.float()",
+        "the slope on the positive side",
+        "torch.where(negative, g * reference",
+        "torch.where(~negative, g * reference",
     ),
-    Mutant(EAGER, "the wrong axis of the sum", "if d != 1]", "if d != 0]"),
+    # ---- the specification: bits, and the side of NaN
+    Mutant(REFERENCE, "bits in the other order", "torch.arange(8, dtype", "torch.arange(7, -1, -1, dtype"),
+    Mutant(REFERENCE, "NaN on the wrong side", "~(z > 0) if rule.nan_is_negative else z <= 0", "~(z > 0)"),
+    Mutant(REFERENCE, "bits by shape, not by memory", "F.pad(in_memory(negative)", "F.pad(negative.flatten()"),
+    Mutant(REFERENCE, "a lost tail", "-negative.numel() % 8)", "-negative.numel() % 8)[: negative.numel() // 8 * 8]"),
     # ---- the rest of torch around an op
-    Mutant(
-        DECOMPOSE,
-        "export: the wrong side's slope",
-        "torch.where(z > 0, z, z * along",
-        "torch.where(z < 0, z, z * along",
-    ),
-    Mutant(DECOMPOSE, "export: no bias", "z = add_bias(input, bias)", "z = input"),
-    Mutant(DECOMPOSE, "export: Leaky's own default", "F.leaky_relu(z, lower)", "F.leaky_relu(z)"),
+    Mutant(DECOMPOSE, "export: no bias", "None if bias_added else parameters.bias", "None"),
+    Mutant(DECOMPOSE, "export: Leaky's own default", "F.leaky_relu(z, rule.constants[0])", "F.leaky_relu(z)"),
     Mutant(SHARDING, "bias everywhere beside sharded channels", "Shard(0) if dim == 1 and", "Shard(0) if dim == 9 and"),
     Mutant(
         SHARDING, "no sum over the batch's shards", "sums = [Partial(), Partial()]", "sums = [Replicate(), Replicate()]"
     ),
-    Mutant(
-        SHARDING,
-        "random slopes of shards alike",
-        'range(0 if rectifier.startswith("rrelu") else',
-        'range(0 if rectifier == "" else',
-    ),
+    Mutant(SHARDING, "random slopes sharded", "[None] if rule.random else [None,", "[None,"),
     Mutant(BATCHING, "vmap: examples and channels exchanged", "t.transpose(0, 1).flatten(1, 2)", "t.flatten(0, 1)"),
     Mutant(
         BATCHING, "vmap: one slope's gradient not summed", "split[1] = split[1].sum(-1)", "split[1] = split[1][..., 0]"
     ),
-    Mutant(BATCHING, "vmap: random slopes folded", '    if rectifier.startswith("rrelu"):', '    if rectifier == "":'),
+    Mutant(BATCHING, "vmap: random slopes folded", "    if _rule(args, 1).random:", "    if False:"),
     Mutant(
         DERIVATIVES,
         "forward mode without the slopes' tangent",
-        "    if weight_t is not None:\n        tangent =",
-        "    if weight_t is ...:\n        tangent =",
+        "    if weight_t is not None:\n        tangent = ",
+        "    if False:\n        tangent = ",
     ),
-    Mutant(DERIVATIVES, "double backward: no term of the slopes", "result[3] = _sum_to(", "result[3] = 0 * _sum_to("),
+    Mutant(
+        DERIVATIVES,
+        "double backward: no term of the slopes",
+        "else sum_to(torch.where(negative, outer",
+        "else 0 * sum_to(torch.where(negative, outer",
+    ),
     Mutant(
         DERIVATIVES,
         "double backward: no term of z",
-        "result[1] = of_z.to(saved.dtype) if needs[1] else None",
+        "result[1] = of_z.to(grad.dtype) if needs[1] else None",
         "result[1] = None",
     ),
     Mutant(
-        OPS,
-        "outer transforms see no derivative",
-        "    with torch.enable_grad(), _set_fwd_grad_enabled(True),",
-        "    with torch.no_grad(),",
+        DERIVATIVES,
+        "double backward: none where torch has zeros",
+        "else torch.zeros_like(grad)\n    if not kept",
+        "else None\n    if not kept",
     ),
     Mutant(
-        OPS, "forward mode overlooked", "if torch.autograd.forward_ad._current_level >= 0 or torch._C", "if torch._C"
+        AUTOGRAD,
+        "outer transforms see no derivative",
+        "    with torch.enable_grad(), internals.forward_ad_enabled(True),",
+        "    with torch.no_grad(),",
+    ),
+    Mutant(AUTOGRAD, "forward mode overlooked", "if internals.forward_ad_active() or transforms", "if transforms"),
+    Mutant(
+        AUTOGRAD,
+        "second derivatives by no way to z",
+        "if anchor is not None and torch.is_grad",
+        "if False and torch.is_grad",
+    ),
+    Mutant(
+        AUTOGRAD,
+        "the bias's share of z's gradient",
+        "of_bias = of_bias + sum_to(of_z, of_bias) if need_bias else None",
+        "pass",
+    ),
+    Mutant(AUTOGRAD, "a bias kept as it will be", "        bias = bias.clone()\n", "        pass\n"),
+    Mutant(AUTOGRAD, "bits under vmap", "or transforms_active() or internals.is_wrapper", "or internals.is_wrapper"),
+    Mutant(OPS, "bits of another layout", "grad = grad if stride is None else laid_out_as(grad, stride)", "pass"),
+    Mutant(
+        OPS,
+        "stale bits: forward's layout ignored",
+        "    source = dense(input, stride)\n",
+        "    source = dense(input)\n",
     ),
     Mutant(OPS, "the version not bumped", "    torch.autograd.graph.increment_version(input)\n", ""),
-    Mutant(OPS, "a parameter inside the input read as it changes", "torch._C._overlaps(parameter, input)", "False"),
+    Mutant(OPS, "a parameter inside the input read as it changes", "internals.overlaps(parameter, input)", "False"),
     Mutant(
         OPS,
         "keys of the first tensor alone",
@@ -387,4 +408,17 @@ MUTANTS = [
     ),
     Mutant(STATISTICS, "a pair of one", "(wide[b] - wide[a]).dropna()", "(wide[b] - wide[a]).fillna(0.0)"),
     Mutant(TRAINING, "a diverged run trains on", "run.updates and not run.diverged:", "run.updates:"),
+    Mutant(
+        FUNCTIONAL,
+        "the bias added after rounding",
+        'if bias is None or (rank > 0 and device.type != "cpu"):',
+        "if True:",
+    ),
+    Mutant(
+        FUNCTIONAL,
+        "PReLU over what backward reads",
+        "        rule.keeps_input\n        and torch",
+        "        False\n        and torch",
+    ),
+    Mutant(FUNCTIONAL, "over what a checkpoint caches", "dispatch_modes() > 0)", "dispatch_modes() > 9)"),
 ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_rect import reference
-from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu
+from fused_rect.rules import PRELU, RELU, RULES, Parameters, Rule, leaky_relu
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 0x243F6A8885A308D3)
 
@@ -129,3 +129,26 @@ def test_rectify_is_torchs_own_pair(shape):
     assert torch.equal(
         reference.rectify(z, Parameters(bias), Rule("rrelu", 0, 1), slope), torch.where(total > 0, total, total * slope)
     )
+
+
+def test_bits_in_the_order_of_the_memory():
+    negative = torch.tensor([True, False, False, False, False, False, False, True, False, True])
+    assert reference.pack_bits(negative).tolist() == [0b10000001, 0b00000010]
+    columns = torch.tensor([[True, False, False], [False, True, True]]).t().contiguous().t()
+    assert columns.stride() == (1, 2) and reference.pack_bits(columns).tolist() == [0b101001]
+    assert torch.equal(reference.unpack_bits(torch.tensor([0b101001], dtype=torch.uint8), columns), columns)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_bits_come_back(sides):
+    negative = torch.tensor(sides)
+    bits = reference.pack_bits(negative)
+    assert bits.numel() == (len(sides) + 7) // 8 and torch.equal(reference.unpack_bits(bits, negative), negative)
+    assert sum(int(byte).bit_count() for byte in bits) == sum(sides)
+
+
+def test_the_side_of_zeros_and_nan():
+    z = torch.tensor([0.0, -0.0, float("nan"), 1.0, -1.0])
+    for name in RULES:
+        nan = name in ("leaky_relu", "prelu")  # torch tests z > 0 there, and z <= 0 elsewhere
+        assert reference.is_negative(z, Rule.default(name)).tolist() == [True, True, nan, False, True]

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .. import internals
+
 NAMES = ("auto", "triton", "native", "eager")
 _MODULES = {
     "triton": "fused_rect.kernels.launch",
@@ -51,15 +53,15 @@ def backend(name: str) -> Iterator[None]:
     """
     name = _checked(name, "backend name")
     previous = _wanted()
-    torch._C._stash_obj_in_tls(_OWN, name)
+    internals.stash_in_thread(_OWN, name)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_OWN, previous)
+        internals.stash_in_thread(_OWN, previous)
 
 
 def _wanted() -> str:
-    return torch._C._get_obj_in_tls(_OWN) if torch._C._is_key_in_tls(_OWN) else _chosen
+    return internals.get_in_thread(_OWN) if internals.is_in_thread(_OWN) else _chosen
 
 
 def name(device: torch.device | str) -> str:

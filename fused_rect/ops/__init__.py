@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, internals
 from ..random import new_seed
 from ..rules import Need, Parameters, Rule
-from .checks import check, check_in_place, check_kept, dense, is_dense, laid_out_as, one_after_the_other
+from .checks import check, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Stride = Sequence[int] | None
@@ -100,7 +100,7 @@ def _run_in_place(
 
 def _apart(parameter: Tensor | None, input: Tensor) -> Tensor | None:
     """``parameter`` without gaps; a copy where it is a view of ``input``, since it would change while it is read."""
-    if parameter is not None and torch._C._overlaps(parameter, input):
+    if parameter is not None and internals.overlaps(parameter, input):
         return parameter.clone(memory_format=torch.contiguous_format)
     return one_after_the_other(parameter)
 
@@ -235,7 +235,7 @@ def _gradients(
 
 
 # The dispatch keys of an ordinary CPU tensor: no subclass, no fake, functional, negated or zero tensor.
-_ORDINARY = torch._C._dispatch_keys(torch.empty(0))
+_ORDINARY = internals.dispatch_keys(torch.empty(0))
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
@@ -243,9 +243,9 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
     A second trip through the dispatcher would find that kernel, and cost as much as a small rectifier itself (6 us).
     """
-    with torch._C._AutoDispatchBelowAutograd():
+    with internals.below_autograd():
         tensors = (t for t in args if isinstance(t, Tensor))
-        if torch._C._len_torch_dispatch_stack() == 0 and all(torch._C._dispatch_keys(t) == _ORDINARY for t in tensors):
+        if internals.dispatch_modes() == 0 and all(internals.dispatch_keys(t) == _ORDINARY for t in tensors):
             return KERNELS[op][0](*args)
         return op(*args)
 
@@ -286,12 +286,12 @@ def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
     """
     if (
         torch.compiler.is_compiling()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or internals.forward_ad_active()
+        or internals.transforms_active()
+        or internals.dispatch_modes()
+        or internals.function_modes()
+        or internals.jit_tracing()
+        or internals.profiler_enabled()
     ):
         return None
     for tensor in tensors:
@@ -320,4 +320,4 @@ def _seeded(parameters: Parameters, input: Tensor, rule: Rule) -> Parameters:
     return parameters
 
 
-__all__ = ["is_dense", "rectify", "rectify_", "rectify_backward", "rectify_bits", "rectify_bits_", "run", "run_"]
+__all__ = ["rectify", "rectify_", "rectify_backward", "rectify_bits", "rectify_bits_", "run", "run_"]

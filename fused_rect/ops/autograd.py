@@ -7,12 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import ops
+from .. import internals, ops
+from ..internals import SingleLevelFunction, transforms_active
 from ..rules import Need, Parameters, Rule
 from .checks import check, check_in_place, dense_stride
 from .derivatives import Kept, backward_jvp, double_backward, forward_jvp, plus_channels, sum_to
@@ -33,32 +30,32 @@ class Layout(NamedTuple):
 
 def _no_derivative_wanted(*tensors: Maybe) -> bool:
     """Neither reverse mode, nor forward mode, nor a functorch transform will ask for derivatives of this call."""
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if internals.forward_ad_active() or transforms_active():
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def _keeps_input(input: Tensor, rule: Rule) -> bool:
     """Bits follow a tensor's own memory: an example of a vmap and a tensor made of others have none to follow."""
-    return rule.keeps_input or torch._C._are_functorch_transforms_active() or is_traceable_wrapper_subclass(input)
+    return rule.keeps_input or transforms_active() or internals.is_wrapper(input)
 
 
 def _below(op: Any, *args: Any) -> Any:
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return ops.below_autograd(op, *args)
     # Outer functorch levels must see a differentiable call: without these, grad(grad(f)) is silently wrong.
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+    with torch.enable_grad(), internals.forward_ad_enabled(True), internals.below_autograd():
         return op(*args)
 
 
 def _apply(function: Any, *args: Any) -> Any:
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return function.apply(*args)
-    with enable_single_level_autograd_function():
+    with internals.single_level():
         return function.apply(*args)
 
 
-class _Rectify(_SingleLevelFunction):
+class _Rectify(SingleLevelFunction):
     """Outputs: the rectified input, the bits (empty where the input is kept), and z for second derivatives.
 
     z joins a second derivative to this node, by which it reaches ``input`` and ``bias``. Beside bits it is empty, and
@@ -132,7 +129,7 @@ class _Rectify(_SingleLevelFunction):
         return tangent, None, tangent.new_zeros(0)
 
 
-class _Anchored(_SingleLevelFunction):
+class _Anchored(SingleLevelFunction):
     """Gradients as they are, joined to the anchor."""
 
     @staticmethod
@@ -149,7 +146,7 @@ class _Anchored(_SingleLevelFunction):
         return tuple(None if t is None else t.view_as(t) for t in tangents)
 
 
-class _RectifyBackward(_SingleLevelFunction):
+class _RectifyBackward(SingleLevelFunction):
     @staticmethod
     def forward(
         ctx: Any,

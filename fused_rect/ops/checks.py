@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false, suggest_memory_format
 
+from ..internals import is_dense, suggested_memory_format
 from ..rules import Parameters, Rule
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,11 +116,6 @@ def check_in_place(input: Tensor) -> None:
         )
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Every element has its own place and no place between them is unused, in whatever order the dims lie."""
-    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
-
-
 def dense(tensor: Tensor, stride: Sequence[int] | None = None) -> Tensor:
     """``tensor`` itself where it is dense, else a contiguous copy (channels_last where its strides suggest that).
 
@@ -128,7 +123,7 @@ def dense(tensor: Tensor, stride: Sequence[int] | None = None) -> Tensor:
     """
     if stride is not None:
         return laid_out_as(tensor, stride)
-    return tensor if is_dense(tensor) else tensor.contiguous(memory_format=suggest_memory_format(tensor))
+    return tensor if is_dense(tensor) else tensor.contiguous(memory_format=suggested_memory_format(tensor))
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -136,7 +131,7 @@ def dense_stride(tensor: Tensor) -> tuple[int, ...]:
     return (
         tensor
         if is_dense(tensor)
-        else torch.empty_like(tensor, device="meta").contiguous(memory_format=suggest_memory_format(tensor))
+        else torch.empty_like(tensor, device="meta").contiguous(memory_format=suggested_memory_format(tensor))
     ).stride()
 
 

@@ -1,0 +1,80 @@
+"""Every private name of torch that the package builds on, under the name of what it tells, and in no other file.
+
+Public torch has no word for these. A version of torch that lacks one fails in the test that names it
+(tests/test_internals.py), and is mended here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, _prims_common
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules import module as _module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# ---- who listens to calls of ops
+
+transforms_active = torch._C._are_functorch_transforms_active  # a vmap, grad, jvp, ... of torch.func is under way
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many __torch_dispatch__ modes are active
+function_modes = torch._C._len_torch_function_stack
+profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def forward_ad_active() -> bool:
+    """Whether a level of forward-mode AD is entered."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is under way."""
+    return torch._C._get_tracing_state() is not None
+
+
+# ---- autograd
+
+SingleLevelFunction = _SingleLevelFunction  # an autograd.Function for one level of torch.func
+single_level = enable_single_level_autograd_function  # lets such a Function be applied under torch.func
+forward_ad_enabled = _set_fwd_grad_enabled
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a context in which ops skip their Autograd kernels
+
+
+# ---- tensors
+
+dispatch_keys = torch._C._dispatch_keys
+overlaps = torch._C._overlaps  # whether two tensors share memory
+is_wrapper = is_traceable_wrapper_subclass  # a tensor made of others, such as a DTensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Every element has its own place and no place between them is unused, in whatever order the dims lie."""
+    return tensor.is_contiguous() or _non_overlapping_and_dense(tensor)
+
+
+# With "or_false" (torch 2.11 and later), sizes that a compiler does not know yet are no error.
+_DENSE = "is_non_overlapping_and_dense"
+_non_overlapping_and_dense: Any = getattr(_prims_common, f"{_DENSE}_or_false", None) or getattr(_prims_common, _DENSE)
+suggested_memory_format = _prims_common.suggest_memory_format
+
+
+# ---- threads: objects that autograd's device threads see as the thread does that called backward
+
+stash_in_thread = torch._C._stash_obj_in_tls
+is_in_thread = torch._C._is_key_in_tls
+get_in_thread = torch._C._get_obj_in_tls
+
+
+# ---- modules
+
+
+def globally_hooked() -> bool:
+    """Whether every module has a hook."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )

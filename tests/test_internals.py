@@ -1,0 +1,94 @@
+"""What the package takes from torch's private side is there, means what it is used for, and stands in one file."""
+
+import re
+
+import pytest
+import torch
+from test_structure import PACKAGE, sources
+
+from fused_rect import internals
+
+# Inductor's, which compile.py imports when it is used: importing them takes seconds.
+OF_INDUCTOR = {
+    "torch._inductor": ["list_mode_options"],
+    "torch._inductor.compile_fx": ["compile_fx"],
+    "torch._inductor.lowering": ["constrain_to_fx_strides", "make_fallback"],
+    "torch._inductor.custom_graph_pass": ["CustomGraphPass"],
+}
+PRIVATE = re.compile(r"\btorch\.(?:\w+\.)*_\w+")
+# Public whatever their names: operators, versions; Dynamo's graphs name functions by _C._nn; Inductor's are above.
+ELSEWHERE = ("torch.ops.", "torch.__version__", "torch._C._nn", "torch._inductor", "torch._dynamo")
+
+
+def test_private_names_stand_in_one_file():
+    files = [f for f in sources() if "perf" not in f.parts and "study" not in f.parts and f.name != "internals.py"]
+    found = [(str(f.relative_to(PACKAGE)), name) for f in files for name in PRIVATE.findall(f.read_text())]
+    found = [(file, name) for file, name in found if not name.startswith(ELSEWHERE)]
+    assert len(files) > 20 and found == []
+
+
+@pytest.mark.parametrize("module", OF_INDUCTOR)
+def test_inductors_names_are_there(module):
+    imported = __import__(module, fromlist=OF_INDUCTOR[module])
+    assert [name for name in OF_INDUCTOR[module] if not hasattr(imported, name)] == []
+
+
+def test_transforms_and_forward_mode_are_noticed():
+    seen = []
+
+    def look(x):
+        seen.append((internals.transforms_active(), internals.forward_ad_active()))
+        return x * 1
+
+    look(torch.ones(1))
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(1))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.ones(1))
+    assert seen == [(False, False), (True, False), (False, True)]
+
+
+def test_modes_tracing_and_profiling_are_noticed():
+    def state():
+        return (
+            internals.dispatch_modes(),
+            internals.function_modes(),
+            internals.jit_tracing(),
+            internals.profiler_enabled(),
+        )
+
+    assert state() == (0, 0, False, False)
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert state()[0] == 1
+    with torch.overrides.TorchFunctionMode():
+        assert state()[1] == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert state()[3]
+    seen = []
+    torch.jit.trace(lambda x: (seen.append(internals.jit_tracing()), x * 1)[1], torch.ones(1), check_trace=False)
+    assert seen == [True]
+
+
+def test_density_and_overlap():
+    t = torch.zeros(2, 3, 4)
+    assert internals.is_dense(t) and internals.is_dense(t.permute(2, 0, 1))
+    assert not internals.is_dense(t[..., ::2]) and not internals.is_dense(torch.zeros(3).expand(2, 3))
+    assert internals.overlaps(t, t[0]) and not internals.overlaps(t, t.clone())
+    assert internals.suggested_memory_format(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)) is (
+        torch.channels_last
+    )
+
+
+def test_wrappers_are_told_from_tensors_with_memory_of_their_own():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert internals.is_wrapper(TwoTensor(torch.ones(2), torch.ones(2)))
+    assert not internals.is_wrapper(torch.ones(2)) and not internals.is_wrapper(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_global_hooks_are_noticed():
+    assert not internals.globally_hooked()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert internals.globally_hooked()
+    finally:
+        handle.remove()
