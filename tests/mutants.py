@@ -385,7 +385,7 @@ MUTANTS = [
         "except KeyError as error:  #",
     ),
     Mutant(BUILD, "named before it is on the disk", "            _on_disk(out)\n", ""),
-    Mutant(BACKENDS, "forced for ever", "torch._C._stash_obj_in_tls(_OWN, previous)", "pass"),
+    Mutant(BACKENDS, "forced for ever", "internals.stash_in_thread(_OWN, previous)", "pass"),
     Mutant(CHECKPOINT, "an unverified checkpoint", "if not _whole(path):", "if False:"),
     Mutant(CHECKPOINT, "an unverified result", 'if value.pop("crc32") == _crc(value):', 'if value.pop("crc32"):'),
     Mutant(CHECKPOINT, "another run's checkpoint", "    if found != identity:", "    if not identity:"),
