@@ -9,6 +9,7 @@ All raise RuntimeError, as torch's twins do, for dtypes, devices or lengths that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from .internals import dispatch_modes, transforms_active
 from .rules import PRELU, RELU, Parameters, Rule
 from .tracing import leaf
 
-_Size = int | tuple[int, ...]
+Size = int | tuple[int, ...]
 
 # ---- the epilogue alone ----
 
@@ -220,240 +221,61 @@ def _fused(
     return epilogue(z, rank, parameters._replace(bias=bias.epilogue), rule, bias.added)
 
 
-def _behind_convolution(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
-    def relu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size | str = 0,
-        dilation: _Size = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        return _fused(function, rank, input, weight, (stride, padding, dilation, groups), Parameters(bias), RELU)
+# The maps' own arguments behind (input, weight, bias), as torch has them; the rectifiers' keywords and what they mean.
+_LINEAR = ""
+_CONVOLUTION = "stride: Size = 1, padding: Size | str = 0, dilation: Size = 1, groups: int = 1"
+_TRANSPOSED = "stride: Size = 1, padding: Size = 0, output_padding: Size = 0, groups: int = 1, dilation: Size = 1"
+_RECTIFIERS = {
+    "relu": ("", "Parameters(bias), RELU"),
+    "leaky_relu": ("negative_slope: float = 0.01", "Parameters(bias), rules.leaky_relu(negative_slope)"),
+    "prelu": ("slope: Tensor", "Parameters(bias, slope_tensor(slope)), PRELU"),
+    "rrelu": (
+        "lower: float | None = None, upper: float | None = None, training: bool = False, law: str = 'slope', "
+        "seed: Tensor | None = None",
+        "Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training)",
+    ),
+}
 
-    def leaky_relu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size | str = 0,
-        dilation: _Size = 1,
-        groups: int = 1,
-        *,
-        negative_slope: float = 0.01,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, dilation, groups),
-            Parameters(bias),
-            rules.leaky_relu(negative_slope),
+
+def _behind(function: Callable[..., Tensor], rank: int, own: str) -> tuple[Callable[..., Tensor], ...]:
+    """The four fused functions behind a map. Compiled from their signatures, as dataclasses' are: 28 functions show
+    their real arguments, and no call binds them."""
+    arguments = re.findall(r"(\w+):", own)
+    made = []
+    for rectifier, (keywords, meaning) in _RECTIFIERS.items():
+        name = f"{function.__name__}_{rectifier}"
+        signature = ", ".join(
+            filter(None, ["input: Tensor, weight: Tensor, bias: Tensor | None = None", own, keywords and "*", keywords])
         )
-
-    def prelu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size | str = 0,
-        dilation: _Size = 1,
-        groups: int = 1,
-        *,
-        slope: Tensor,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, dilation, groups),
-            Parameters(bias, slope_tensor(slope)),
-            PRELU,
+        passed = "".join(f"{argument}, " for argument in arguments)
+        source = (
+            "def make(function, rank):\n"
+            f"    def {name}({signature}) -> Tensor:\n"
+            f"        return _fused(function, rank, input, weight, ({passed}), {meaning})\n"
+            f"    return {name}\n"
         )
-
-    def rrelu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size | str = 0,
-        dilation: _Size = 1,
-        groups: int = 1,
-        *,
-        lower: float | None = None,
-        upper: float | None = None,
-        training: bool = False,
-        law: str = "slope",
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, dilation, groups),
-            Parameters(bias, seed=seed if training else None),
-            rules.rrelu(lower, upper, law, training),
-        )
-
-    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
-
-
-def _behind_transposed(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
-    def relu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        output_padding: _Size = 0,
-        groups: int = 1,
-        dilation: _Size = 1,
-    ) -> Tensor:
-        return _fused(
-            function, rank, input, weight, (stride, padding, output_padding, groups, dilation), Parameters(bias), RELU
-        )
-
-    def leaky_relu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        output_padding: _Size = 0,
-        groups: int = 1,
-        dilation: _Size = 1,
-        *,
-        negative_slope: float = 0.01,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, output_padding, groups, dilation),
-            Parameters(bias),
-            rules.leaky_relu(negative_slope),
-        )
-
-    def prelu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        output_padding: _Size = 0,
-        groups: int = 1,
-        dilation: _Size = 1,
-        *,
-        slope: Tensor,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, output_padding, groups, dilation),
-            Parameters(bias, slope_tensor(slope)),
-            PRELU,
-        )
-
-    def rrelu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        output_padding: _Size = 0,
-        groups: int = 1,
-        dilation: _Size = 1,
-        *,
-        lower: float | None = None,
-        upper: float | None = None,
-        training: bool = False,
-        law: str = "slope",
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (stride, padding, output_padding, groups, dilation),
-            Parameters(bias, seed=seed if training else None),
-            rules.rrelu(lower, upper, law, training),
-        )
-
-    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
-
-
-def _behind_linear(function: Callable[..., Tensor], rank: int) -> tuple[Callable[..., Tensor], ...]:
-    def relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _fused(function, rank, input, weight, (), Parameters(bias), RELU)
-
-    def leaky_relu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        negative_slope: float = 0.01,
-    ) -> Tensor:
-        return _fused(function, rank, input, weight, (), Parameters(bias), rules.leaky_relu(negative_slope))
-
-    def prelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, slope: Tensor) -> Tensor:
-        return _fused(function, rank, input, weight, (), Parameters(bias, slope_tensor(slope)), PRELU)
-
-    def rrelu(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        lower: float | None = None,
-        upper: float | None = None,
-        training: bool = False,
-        law: str = "slope",
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return _fused(
-            function,
-            rank,
-            input,
-            weight,
-            (),
-            Parameters(bias, seed=seed if training else None),
-            rules.rrelu(lower, upper, law, training),
-        )
-
-    return _published(function.__name__, relu, leaky_relu, prelu, rrelu)
-
-
-def _published(name: str, *functions: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
-    """``functions``, named after their rectifiers, under the names and with the docstrings that users see."""
-    for function in functions:
-        rectifier = function.__name__
-        function.__name__ = function.__qualname__ = f"{name}_{rectifier}"
-        function.__doc__ = (
-            f"`torch.nn.functional.{name}`, then :func:`bias_{rectifier}`, whose arguments are keywords.\n\n"
+        scope: dict[str, Any] = {}
+        exec(source, globals(), scope)
+        fused = scope["make"](function, rank)
+        fused.__qualname__ = name
+        fused.__doc__ = (
+            f"`torch.nn.functional.{function.__name__}`, then :func:`bias_{rectifier}`, its arguments as keywords.\n\n"
             "PReLU's tensor is `slope`. What is kept for backward: see :mod:`fused_rect.rules`."
         )
-    return tuple(leaf(function) for function in functions)
+        made.append(leaf(fused))
+    return tuple(made)
 
 
-linear_relu, linear_leaky_relu, linear_prelu, linear_rrelu = _behind_linear(F.linear, 0)
-
-conv1d_relu, conv1d_leaky_relu, conv1d_prelu, conv1d_rrelu = _behind_convolution(F.conv1d, 1)
-conv2d_relu, conv2d_leaky_relu, conv2d_prelu, conv2d_rrelu = _behind_convolution(F.conv2d, 2)
-conv3d_relu, conv3d_leaky_relu, conv3d_prelu, conv3d_rrelu = _behind_convolution(F.conv3d, 3)
-
-(conv_transpose1d_relu, conv_transpose1d_leaky_relu, conv_transpose1d_prelu, conv_transpose1d_rrelu) = (
-    _behind_transposed(F.conv_transpose1d, 1)
+linear_relu, linear_leaky_relu, linear_prelu, linear_rrelu = _behind(F.linear, 0, _LINEAR)
+conv1d_relu, conv1d_leaky_relu, conv1d_prelu, conv1d_rrelu = _behind(F.conv1d, 1, _CONVOLUTION)
+conv2d_relu, conv2d_leaky_relu, conv2d_prelu, conv2d_rrelu = _behind(F.conv2d, 2, _CONVOLUTION)
+conv3d_relu, conv3d_leaky_relu, conv3d_prelu, conv3d_rrelu = _behind(F.conv3d, 3, _CONVOLUTION)
+conv_transpose1d_relu, conv_transpose1d_leaky_relu, conv_transpose1d_prelu, conv_transpose1d_rrelu = _behind(
+    F.conv_transpose1d, 1, _TRANSPOSED
 )
-(conv_transpose2d_relu, conv_transpose2d_leaky_relu, conv_transpose2d_prelu, conv_transpose2d_rrelu) = (
-    _behind_transposed(F.conv_transpose2d, 2)
+conv_transpose2d_relu, conv_transpose2d_leaky_relu, conv_transpose2d_prelu, conv_transpose2d_rrelu = _behind(
+    F.conv_transpose2d, 2, _TRANSPOSED
 )
-(conv_transpose3d_relu, conv_transpose3d_leaky_relu, conv_transpose3d_prelu, conv_transpose3d_rrelu) = (
-    _behind_transposed(F.conv_transpose3d, 3)
+conv_transpose3d_relu, conv_transpose3d_leaky_relu, conv_transpose3d_prelu, conv_transpose3d_rrelu = _behind(
+    F.conv_transpose3d, 3, _TRANSPOSED
 )
