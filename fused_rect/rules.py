@@ -16,6 +16,7 @@ Pure Python, neither torch nor triton: everything may import it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ class Need(NamedTuple):
 
     bias: Any = None
     weight: bool = False
+
+
+@functools.lru_cache(1024)
+def numbers(rule: Rule) -> tuple[int, float, float]:
+    """What C++ knows a rule by, its number and constants: a call's, in 0.1 us."""
+    return rule.number, *rule.constants
 
 
 RELU = Rule.default("relu")

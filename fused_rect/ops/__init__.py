@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import backends, internals
 from ..random import new_seed
-from ..rules import Need, Parameters, Rule
+from ..rules import Need, Parameters, Rule, numbers
 from .checks import check, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -303,14 +303,16 @@ def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
 def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
     """The op `rectify`, by the shortest way there is, with a seed drawn where a random rule comes without."""
     direct = _direct((input, *parameters)) if input.is_cpu else None
-    out: Tensor | None = None if direct is None else direct.rectify(input, *flat(parameters, rule), bias_added)
+    out: Tensor | None = None
+    if direct is not None:
+        out = direct.rectify(input, *flat(parameters, rule), *numbers(rule), bias_added)
     return rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added) if out is None else out
 
 
 def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     """The same for `rectify_`."""
     direct = _direct((input, *parameters)) if input.is_cpu else None
-    if direct is None or not direct.rectify_(input, *flat(parameters, rule), bias_added):
+    if direct is None or not direct.rectify_(input, *flat(parameters, rule), *numbers(rule), bias_added):
         rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
 
 

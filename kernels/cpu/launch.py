@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
+from collections import namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,21 +17,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import reference
-from ...rules import Need, Parameters, Rule
+from ...rules import Need, Parameters, Rule, numbers
 from . import build
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# rectify.cpp's number of the rule, and whether the law draws divisors.
-RULES = {"relu": (0, 0), "leaky_relu": (1, 0), "prelu": (2, 0), "rrelu": (3, 0), "rrelu_divisor": (3, 1)}
-# struct Call of call.h: packing bytes takes 0.5 us where ctypes takes 3 us to convert 20 arguments.
-_pack = struct.Struct("8P4q2d6i").pack
+
+
+def _fields() -> dict[str, str]:
+    """Name -> format of each field of call.h's struct Call, in order."""
+    formats = {"int64_t": "q", "double": "d", "int": "i"}
+    declarations = re.search(r"struct Call \{(.*?)\n\};", build.HEADER.read_text(), re.S)
+    assert declarations is not None
+    found = {}
+    for kind, names in re.findall(r"^  (?:const )?(\w+) ([^;]+);", declarations[1], re.M):
+        for name in names.split(", "):
+            found[name.lstrip("*")] = "P" if name.startswith("*") else formats[kind]
+    return found
+
+
+FIELDS = _fields()
+# Packing bytes takes 0.5 us where ctypes takes 3 us to convert as many arguments.
+_named = functools.partial(namedtuple, "Call")
+_call: Any = _named(FIELDS, defaults=[0] * len(FIELDS))
+_pack = struct.Struct("".join(FIELDS.values())).pack
 
 
 @functools.cache
-def _kernel() -> Callable[[bytes], None]:
+def _kernel() -> Callable[[bytes], int]:
     function = build.library().fused_rect
-    function.argtypes, function.restype = [ctypes.c_char_p], None
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     return function
 
 
@@ -42,22 +58,12 @@ def direct() -> Any:
         return None
     library.fused_rect_direct(ctypes.cast(kernels.fused_rect, ctypes.c_void_p))
     ops = torch.ops.fused_rect_direct
-    def without(op: Any) -> Any:
-        def call(input: Any, bias: Any, weight: Any, seed: Any, rule: Any, lower: Any, upper: Any, added: Any) -> Any:
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, bias, weight)):
-                return None
-            return op(input, None if added else bias, weight, seed, rule, lower, upper)
-
-        return call
-
-    return SimpleNamespace(rectify=without(ops.rectify.default), rectify_=without(ops.rectify_.default))
+    return SimpleNamespace(rectify=ops.rectify.default, rectify_=ops.rectify_.default)
 
 
 def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
-    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
-    if bits is not None:
-        bits.copy_(reference.pack_bits(reference.is_negative(reference.add_bias(x, parameters.bias), rule)))
-    _run(x, None, out, *parameters, None, None, *rule, parameters.bias is not None)
+    """out = rectify(x + bias), and which side each element is on into ``bits``, if given; ``out`` may be ``x``."""
+    _run(x, x, None, out, bits, parameters, rule, None, None)
 
 
 def backward(
@@ -67,56 +73,48 @@ def backward(
 
     kept: forward's bits (uint8), or its input.
     """
-    if kept.dtype == torch.uint8:
-        negative = reference.unpack_bits(kept, grad)
-        kept = torch.where(negative, grad.new_full((), -1), grad.new_full((), 1))
+    value, bits = (None, kept) if kept.dtype == torch.uint8 else (kept, None)
     grad_bias = grad_weight = None
     if need.bias is not None:
         grad_bias = grad.new_empty(grad.shape[1] if grad.dim() > 1 else 1, dtype=need.bias)
     if need.weight:
         grad_weight = torch.empty_like(parameters.weight)
-    _run(kept, grad, grad_input, *parameters, grad_bias, grad_weight, *rule, need.bias is not None)
+    _run(grad, value, grad, grad_input, bits, parameters, rule, grad_bias, grad_weight)
     return grad_bias, grad_weight
 
 
 def _run(
-    value: Tensor,
+    like: Tensor,
+    value: Tensor | None,
     grad: Tensor | None,
     out: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    seed: Tensor | None,
+    bits: Tensor | None,
+    parameters: Parameters,
+    rule: Rule,
     grad_bias: Tensor | None,
     grad_weight: Tensor | None,
-    rule: str,
-    lower: float,
-    upper: float,
-    channelled: bool,
 ) -> None:
-    size, weights = value.numel(), 0
-    bias_type = weight_type = dtype = TYPES[value.dtype]
-    if bias is not None:
-        channelled, bias_type = True, TYPES[bias.dtype]
-    elif grad_bias is not None:
-        bias_type = TYPES[grad_bias.dtype]
-    if weight is not None:
-        weights, weight_type = weight.numel(), TYPES[weight.dtype]
-    if (channelled or weights > 1) and value.dim() > 1:
-        channels, inner = value.shape[1], value.stride(1)
-    else:
-        channels, inner = 1, size
-    number, divisor = RULES[rule]
-    _kernel()(
-        _pack(
-            value.data_ptr(),
-            0 if grad is None else grad.data_ptr(),
-            out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if seed is None else seed.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(),
-            0 if grad_weight is None else grad_weight.data_ptr(),
-            size, channels, inner, weights, lower, upper,
-            dtype, bias_type, weight_type, number, divisor, torch.get_num_threads(),
-        )
+    bias, weight, seed = parameters
+    weights = 0 if weight is None else weight.numel()
+    channels, inner = 1, like.numel()
+    if (bias is not None or grad_bias is not None or weights > 1) and like.dim() > 1:
+        channels, inner = like.shape[1], like.stride(1)
+    slope, first, second = numbers(rule)
+    call = _call(
+        value=_pointer(value), grad=_pointer(grad), out=out.data_ptr(), bits=_pointer(bits),
+        bias=_pointer(bias), weight=_pointer(weight), seed=_pointer(seed),
+        bias_sum=_pointer(grad_bias), weight_sum=_pointer(grad_weight),
+        n=like.numel(), channels=channels, inner=inner, weights=weights, first=first, second=second,
+        type=TYPES[like.dtype], bias_type=_type(bias), weight_type=_type(weight), bias_sum_type=_type(grad_bias),
+        slope=slope, threads=torch.get_num_threads(),
     )  # fmt: skip
+    if _kernel()(_pack(*call)):
+        raise MemoryError(f"no memory for the sums of a rectifier on a tensor of shape {tuple(like.shape)}")
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _type(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else TYPES[tensor.dtype]

@@ -2,16 +2,20 @@
 // Plain C++17 with GCC / Clang vector extensions and no torch header (those cost 11 to 44 s to compile), built at first use by build.py.
 //
 // A tensor is a dense run of n elements; the channel of memory position p is (p / inner) % channels. Two walks cover every layout:
-//   planes  inner >= 16, or no channels: pieces of one plane, bias and slope are scalars, one partial sum a piece;
-//   rows    inner < 16 (channels_last, linear): rows of one channel period, bias and slope are vectors, partial sums a column.
-// Both cut the tensor by its shape alone and add partial sums in a fixed order, so the bits don't depend on the number of threads.
+//   planes  inner is large, or there are no channels: pieces of one plane, bias and slope are scalars, one partial sum a piece;
+//   rows    inner is small (channels_last, linear, 7 x 7): rows of whole periods, bias and slope are vectors, partial sums a column.
+// Both cut the tensor by its shape alone and add partial sums in a fixed order, so results don't depend on the number of threads, and
+// no two threads write one byte of the bits: their shares begin at multiples of 8 positions.
 // Compile with -ffp-contract=off: float32 equals eager bit for bit, and the sums are those of the products stored.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -113,6 +117,91 @@ template <> struct Element<fp16> : Short {
 #endif
 };
 
+// ---------------------------------------------------------------- sides: one bit a lane
+
+// Which lanes of a vector are on the negative side, as a mask that chooses between vectors and as bits of a word.
+#if VECTOR_BYTES == 64
+template <class A> struct Side;
+template <> struct Side<float> {
+  using M = __mmask16;
+  using V = vec<float, 16>;
+  static M at_most_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
+  static M not_above_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NGT_UQ); }
+  static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
+  static V positive_part(V z) { return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }  // z where it is NaN or a zero
+  static uint64_t bits(M m) { return m; }
+  static M of(uint64_t bits) { return (M)bits; }
+};
+template <> struct Side<double> {
+  using M = __mmask8;
+  using V = vec<double, 8>;
+  static M at_most_zero(V z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_LE_OQ); }
+  static M not_above_zero(V z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_NGT_UQ); }
+  static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_pd(m, (__m512d)b, (__m512d)a); }
+  static V positive_part(V z) { return (V)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)z); }
+  static uint64_t bits(M m) { return m; }
+  static M of(uint64_t bits) { return (M)bits; }
+};
+#else
+template <class A> struct Side {
+  static constexpr int W = VECTOR_BYTES / sizeof(A);
+  using V = vec<A, W>;
+  using M = decltype(V{} < V{});
+  static M at_most_zero(V z) { return z <= 0; }
+  static M not_above_zero(V z) { return ~(z > 0); }
+  static V choose(M m, V a, V b) { return m ? a : b; }
+  static V positive_part(V z) { return z < 0 ? V{} : z; }
+  static uint64_t bits(M m) {
+#if VECTOR_BYTES == 32
+    return sizeof(A) == 4 ? _mm256_movemask_ps((__m256)m) : _mm256_movemask_pd((__m256d)m);
+#elif defined(__SSE2__)
+    return sizeof(A) == 4 ? _mm_movemask_ps((__m128)m) : _mm_movemask_pd((__m128d)m);
+#else
+    uint64_t word = 0;
+    for (int i = 0; i < W; i++) word |= (uint64_t)(m[i] & 1) << i;
+    return word;
+#endif
+  }
+  static M of(uint64_t bits) {
+    M lane;
+    for (int i = 0; i < W; i++) lane[i] = 1 << i;
+    return ((M{} + (decltype(lane[0] + 0))(bits & ((1 << W) - 1))) & lane) != 0;
+  }
+};
+#endif
+
+// Bits of a tensor as words of 64 for one segment, and back. The bytes between two segments of one thread belong to both: the former
+// leaves zeros in the latter's place. Little-endian, as are x86-64 and AArch64.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's bytes are in the order of its bits");
+
+void read_bits(const uint8_t *bits, int64_t position, int64_t count, uint64_t *words) {
+  const int shift = position % 8;
+  std::memcpy(words, bits + position / 8, (shift + count + 7) / 8);
+  if (shift)
+    for (int64_t i = 0; 64 * i < count; i++) words[i] = words[i] >> shift | words[i + 1] << (64 - shift);
+}
+
+// Bits of words from `count` on are zero, and there is room for one word more. `shared`: other threads write the neighbours' bits.
+void write_bits(uint8_t *bits, int64_t position, int64_t count, uint64_t *words, bool shared) {
+  const int shift = position % 8;
+  int64_t bytes = (shift + count + 7) / 8;
+  bits += position / 8;
+  if (shift) {
+    words[(count + 63) / 64] = 0;
+    for (int64_t i = (count + 63) / 64; i > 0; i--) words[i] = words[i] << shift | words[i - 1] >> (64 - shift);
+    words[0] <<= shift;
+  }
+  if (!shared) {
+    if (shift) words[0] |= *bits;
+    std::memcpy(bits, words, bytes);
+    return;
+  }
+  const uint8_t *from = (const uint8_t *)words;
+  __atomic_fetch_or(bits, *from, __ATOMIC_RELAXED);
+  if (bytes > 1) __atomic_fetch_or(bits + bytes - 1, from[bytes - 1], __ATOMIC_RELAXED);
+  if (bytes > 2) std::memcpy(bits + 1, from + 1, bytes - 2);
+}
+
 // ---------------------------------------------------------------- random slopes: philox.py's rule
 
 constexpr int rounds = 7, batch = VECTOR_BYTES / 8;  // counters a vector, four words each
@@ -165,38 +254,53 @@ struct Philox {
   }
 };
 
-constexpr int64_t longest = 2048;  // no walk asks for a longer segment
+constexpr int deep = 8;            // rows that are summed before float64 takes the sum
+constexpr int64_t longest = 4096;  // elements of a plane's segment
+constexpr int64_t widest = 512;    // columns of rows
 
-// A window of slopes in L1, moved along as segments ask for positions.
+// A window of slopes in L1.
 template <class A> struct Slopes {
-  static constexpr int64_t step = 64;  // a loop of 16 GCC unrolls before it could vectorize it
+  static constexpr int64_t step = 64, line = widest + step;  // a loop of 16 GCC unrolls before it could vectorize it
   Philox philox;
   A scale, middle;
   bool divisor;
   int64_t begin = 0, end = 0;
-  A window[longest + 2 * step];
+  A window[deep * line + 2 * step];
 
   explicit Slopes(const Call &c)
-      : philox((uint64_t)*c.seed), scale((A)((c.upper - c.lower) * 0x1p-32)), middle((A)((c.upper + c.lower) / 2)), divisor(c.divisor) {}
+      : philox((uint64_t)*c.seed), scale((A)c.first), middle((A)c.second), divisor(c.slope == drawn_divisor) {}
 
-  // Slopes of [position, position + count); the positions up to `stop` are likely next, in segments of the same length.
+  // Slopes of [position, position + count); those up to `stop` are likely next.
   const A *at(int64_t position, int64_t count, int64_t stop) {
     if (position < begin || position + count > end) {
       begin = position & ~(int64_t)3;
-      end = begin;
-      fill(std::min(stop, position + count * (longest / count)) - begin);
+      end = begin + fill(window, begin, std::min(stop, position + std::max(count, longest)) - begin);
     }
     return window + (position - begin);
   }
 
-  void fill(int64_t wanted) {
-    for (A *to = window; end - begin < wanted; to += step, end += step) {
+  // Those of lines, and how far apart these are here.
+  std::tuple<const A *, int64_t> of(int64_t position, int64_t count, int64_t lines, int64_t stride, int64_t stop) {
+    if (count == stride) return {at(position, lines * stride, stop), stride};
+    begin = end = 0;
+    for (int64_t i = 0; i < lines; i++) {
+      const int64_t before = (position + i * stride) % 4;
+      fill(window + 4 + i * line - before, position + i * stride - before, before + count);
+    }
+    return {window + 4, line};
+  }
+
+  // Slopes from `from`, a multiple of 4, on; how many, in whole steps.
+  int64_t fill(A *to, int64_t from, int64_t wanted) const {
+    int64_t done = 0;
+    for (; done < wanted; done += step) {
       uint32_t words[step];
-      for (int i = 0; i < step; i += 4 * batch) philox.words((uint64_t)(end + i) / 4, words + i);
-      for (int i = 0; i < step; i++) to[i] = multiply_add((A)(int32_t)words[i], scale, middle);
+      for (int i = 0; i < step; i += 4 * batch) philox.words((uint64_t)(from + done + i) / 4, words + i);
+      for (int i = 0; i < step; i++) to[done + i] = multiply_add((A)(int32_t)words[i], scale, middle);
     }
     if (divisor)
-      for (int64_t i = 0; i < end - begin; i++) window[i] = 1 / window[i];
+      for (int64_t i = 0; i < done; i++) to[i] = 1 / to[i];
+    return done;
   }
 
   static A multiply_add(A x, A y, A z) {
@@ -208,88 +312,152 @@ template <class A> struct Slopes {
   }
 };
 
-// ---------------------------------------------------------------- one segment: contiguous, longest elements at most
+// ---------------------------------------------------------------- one tile: a segment of a plane, or columns of up to `deep` rows
 
-template <class A> struct Sums { A *bias, *weight; };
+enum Pass { forward, marking, backward };  // marking: forward that finds the bits
 
-// `value` is the conv output, or what forward saved; grad is null in forward. ROWS: bias, slope (of prelu) and sums are vectors.
-// The last, ragged vector overlaps the one before it: it is read before anything is written (out may be value or grad), and only its
-// new lanes enter the sums.
-template <class T, Rule R, bool ROWS, bool BACK> struct Segment {
+// Sums of vectors, the lanes in float64: a constant's sum keeps its digits however short a vector is.
+template <class V> void widen(V v, double *add_to) {
+  constexpr int W = sizeof(V) / sizeof(v[0]);
+  using D = vec<double, VECTOR_BYTES / 8>;
+  if constexpr (sizeof(v[0]) == 8) {
+    store(add_to, load<D>(add_to) + v);
+  } else {
+#if VECTOR_BYTES == 64
+    store(add_to, load<D>(add_to) + _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)));
+    store(add_to + 8, load<D>(add_to + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)));
+#elif VECTOR_BYTES == 32
+    store(add_to, load<D>(add_to) + _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)));
+    store(add_to + 4, load<D>(add_to + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)));
+#else
+    for (int i = 0; i < W; i++) add_to[i] += v[i];
+#endif
+  }
+}
+
+// The memory of a tile: lines of `count` elements, `stride` apart.
+template <class T> struct Lines {
+  const T *value, *grad;
+  T *out;
+  uint64_t *words;  // the sides, `words_a_line` words a line
+  int64_t count, lines, stride;
+};
+constexpr int64_t words_a_line = longest / 64 + 3;
+
+// Reads grad backward and, unless the slope is learned, no value: words that the marking pass made tell the sides.
+template <class T, Slope S, bool ROWS, Pass P> struct Tile {
   using E = Element<T>;
   using A = typename E::A;
   using V = typename E::V;
-  using M = decltype(V{} < V{});
+  using Sides = Side<A>;
+  using M = typename Sides::M;
   static constexpr int W = E::lanes;
-  static constexpr bool random = R == rrelu, slopes = random || (ROWS && R == prelu);
+  static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
-  const A *bias, *slope;
-  Sums<A> sums;
-  V bias_sum{}, weight_sum{};
+  const A *bias, *slope;  // of the columns; of planes one number each
+  int64_t slope_stride;   // of random ones, from line to line
+  double *bias_sum, *weight_sum;  // of the columns, or the lanes of one number; null where not wanted
 
-  void step(int64_t i, V x, V g, T *out, const M *live) {
-    V z = x + (ROWS ? load<V>(bias + i) : *bias - V{});  // not + V{}: an absent bias is -0, which changes no x
-    V s = slopes ? load<V>(slope + i) : *slope - V{};
-    if (!BACK) return E::write(out, R == relu ? (z < 0 ? V{} : z) : (z > 0 ? z : s * z));
-    M negative = R == relu || random ? z <= 0 : ~(z > 0);  // where eager sends the gradient of a NaN
-    V result = negative ? (R == relu ? V{} : g * s) : g, slope_term = negative ? g * z : V{};
-    if (R == relu) E::write_exact(out, result);
+  struct Terms { V bias, weight; };
+  struct { V bias, slope; } one{};
+
+  // One vector. Its sides are found and put into `m`, or read from it; what it adds to the sums is returned.
+  [[gnu::always_inline]] static Terms step(V x, V g, V b, V s, T *out, M &m) {
+    const V z = x + b;
+    if (from_value) m = S == zero || random ? Sides::at_most_zero(z) : Sides::not_above_zero(z);  // where eager sends a NaN's gradient
+    if (P != backward) {
+      E::write(out, S == zero ? Sides::positive_part(z) : Sides::choose(m, s * z, z));
+      return {V{}, V{}};
+    }
+    const V result = Sides::choose(m, S == zero ? V{} : g * s, g);
+    if (S == zero) E::write_exact(out, result);
     else E::write(out, result);
-    if (live) result = *live ? result : V{}, slope_term = *live ? slope_term : V{};
-    add(sums.bias + i, bias_sum, result);
-    if (R == prelu) add(sums.weight + i, weight_sum, slope_term);
+    return {result, S == learned ? Sides::choose(m, g * z, V{}) : V{}};
   }
 
-  static void add(A *column, V &sum, V term) {
-    if (ROWS) store(column, load<V>(column) + term);
-    else sum += term;
+  V bias_at(int64_t i) const { return ROWS && from_value ? load<V>(bias + i) : one.bias; }
+  V slope_at(int64_t i, int64_t line) const { return random ? load<V>(slope + line * slope_stride + i) : ROWS && S == learned ? load<V>(slope + i) : one.slope; }
+
+  [[gnu::always_inline]] void sum(int64_t i, V b, V w) const {
+    if (bias_sum) widen(b, bias_sum + i);
+    if (S == learned && weight_sum) widen(w, weight_sum + i);
   }
 
-  static V get(const T *p) { return p ? E::read(p) : V{}; }
-
-  void run(const T *value, const T *grad, T *out, int64_t count) {
-    M lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
-    int64_t whole = count / W * W, rest = count - whole;
-    if (count < W) {
-      T v[W] = {}, g[W] = {}, o[W];
-      std::memcpy(v, value, count * sizeof(T));
-      if (BACK) std::memcpy(g, grad, count * sizeof(T));
-      M live = lane < (decltype(lane[0] + 0))count;
-      step(0, E::read(v), E::read(g), o, &live);
-      std::memcpy(out, o, count * sizeof(T));
-    } else {
-      V last_value = E::read(value + count - W), last_grad = BACK ? E::read(grad + count - W) : V{};
-      for (int64_t i = 0; i < whole; i += W) step(i, E::read(value + i), BACK ? E::read(grad + i) : V{}, out + i, nullptr);
-      if (rest) {
-        M live = lane >= (decltype(lane[0] + 0))(W - rest);
-        step(count - W, last_value, last_grad, out + count - W, &live);
+  // N vectors of each line.
+  template <int N> [[gnu::always_inline]] void vectors(const Lines<T> &at, int64_t i) const {
+    V b[N], s[N];
+    Terms t[N];
+    for (int n = 0; n < N; n++) b[n] = bias_at(i + n * W), s[n] = slope_at(i + n * W, 0), t[n] = {V{}, V{}};
+    for (int64_t line = 0; line < (ROWS ? at.lines : 1); line++) {
+      const int64_t j = line * at.stride + i;
+      uint64_t &word = at.words[line * words_a_line + i / 64], sides = from_value ? 0 : word >> i % 64;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        M m = from_value ? M{} : Sides::of(sides >> n * W);
+        const V x = from_value ? E::read(at.value + j + n * W) : V{}, g = P == backward ? E::read(at.grad + j + n * W) : V{};
+        const Terms terms = step(x, g, b[n], random ? slope_at(i + n * W, line) : s[n], at.out + j + n * W, m);
+        if (P == marking) sides |= Sides::bits(m) << n * W;
+        if (P == backward) t[n].bias += terms.bias;
+        if (P == backward && S == learned) t[n].weight += terms.weight;
       }
+      if (P == marking) word = i % 64 ? word | sides << i % 64 : sides;
     }
-    if (BACK && !ROWS) {
-      *sums.bias = total(bias_sum);
-      if (R == prelu) *sums.weight = total(weight_sum);
+    if (P != backward) return;
+    if (ROWS) {
+      for (int n = 0; n < N; n++) sum(i + n * W, t[n].bias, t[n].weight);
+    } else {
+      for (int half = N / 2; half; half /= 2)
+        for (int n = 0; n < half; n++) t[n].bias += t[n + half].bias, t[n].weight += t[n + half].weight;
+      sum(0, t[0].bias, t[0].weight);
     }
   }
 
-  static A total(V v) {
-    for (int half = W / 2; half; half /= 2)
-      for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
+  // The last count % W elements of each line: in the last vector's last lanes if there are as many elements, and only they are written.
+  [[gnu::noinline]] void ragged(const Lines<T> &at) {
+    one = {*bias - V{}, *slope - V{}};
+    const int rest = (int)(at.count % W), skip = at.count < W ? 0 : W - rest;
+    const int64_t i = at.count - rest;
+    const uint64_t live = ((1ull << rest) - 1) << skip;
+    auto read = [&](const T *p) {
+      T all[W] = {};
+      if (!skip) std::memcpy(all, p, rest * sizeof(T));
+      return E::read(skip ? p - skip : all);
+    };
+    Terms t{V{}, V{}};
+    for (int64_t line = 0; line < at.lines; line++) {
+      const int64_t j = line * at.stride + i;
+      uint64_t &word = at.words[line * words_a_line + i / 64];
+      T to[W];
+      M m = from_value ? M{} : Sides::of(word >> i % 64 << skip);
+      const Terms terms = step(from_value ? read(at.value + j) : V{}, P == backward ? read(at.grad + j) : V{}, bias_at(i - skip), slope_at(i - skip, line), to, m);
+      std::memcpy(at.out + j, to + skip, rest * sizeof(T));
+      if (P == marking) word = (i % 64 ? word : 0) | (Sides::bits(m) & live) >> skip << i % 64;
+      t.bias += Sides::choose(Sides::of(live), terms.bias, V{}), t.weight += Sides::choose(Sides::of(live), terms.weight, V{});
+    }
+    if (P == backward) sum(ROWS ? i - skip : 0, t.bias, t.weight);
+  }
+
+  [[gnu::noinline]] void run(const Lines<T> &lines) const {
+    Tile tile = *this;  // copies, which no store of an element can change
+    const Lines<T> at = lines;
+    tile.one = {*bias - V{}, *slope - V{}};  // not + V{}: an absent bias is -0, which changes no x
+    int64_t i = 0;
+    for (; i + 64 <= at.count; i += 64)
+      for (int k = 0; k < 64; k += 4 * W) tile.template vectors<4>(at, i + k);
+    for (; i + W <= at.count; i += W) tile.template vectors<1>(at, i);
+    if (i < at.count) Tile(*this).ragged(lines);
   }
 };
 
 // ---------------------------------------------------------------- threads: torch's pool
 
-// Work in equal shares, each thread the same stretch of memory every time, as ATen cuts it: what one op leaves in a core's
-// caches the next one finds there. (Handing out small items as threads come free ran ReLU 3 times slower.)
+// work(first, last) on equal shares of the items, each thread the same stretch of memory every time, as ATen cuts it: what one op
+// leaves in a core's caches the next one finds there. (Handing out small items as threads come free ran ReLU 3 times slower.)
 template <class F> void parallel_for(int64_t items, int threads, const F &work) {
   struct Shared {
     int64_t items;
     const F &work;
-    void share(int64_t thread, int64_t of) const {
-      for (int64_t i = items * thread / of, stop = items * (thread + 1) / of; i < stop; i++) work(i);
-    }
+    void share(int64_t thread, int64_t of) const { work(items * thread / of, items * (thread + 1) / of); }
   } shared{items, work};
   threads = (int)std::min<int64_t>(threads, items);
   if (threads < 2) return shared.share(0, 1);
@@ -302,20 +470,42 @@ template <class F> void parallel_for(int64_t items, int threads, const F &work) 
   if (parallel && thread && team)
     return parallel([](void *data) { ((const Shared *)data)->share(thread(), team()); }, &shared, (unsigned)threads, 0);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back([&, i] { shared.share(i, threads); });
+  others.reserve(threads);
+  for (int i = 1; i < threads; i++) {
+    try {
+      others.emplace_back([&, i] { shared.share(i, threads); });
+    } catch (const std::exception &) {  // no more threads to be had
+      shared.share(i, threads);
+    }
+  }
   shared.share(0, threads);
   for (auto &t : others) t.join();
 }
 
-// ---------------------------------------------------------------- whole tensors
+// ---------------------------------------------------------------- parameters and sums
 
-double fetch(const void *p, int64_t i, int type) {
-  auto lane = [&](auto t) { using T = decltype(t); T e[VECTOR_BYTES] = {((const T *)p)[i]}; return (double)Element<T>::read(e)[0]; };
-  return type == float32 ? ((const float *)p)[i] : type == float64 ? ((const double *)p)[i] : type == float16 ? lane(fp16{}) : lane(bf16{});
+// `count` numbers of `type` from number `first` on; absent ones are `otherwise`.
+template <class A> void get(const void *p, int type, int64_t first, int64_t count, double otherwise, A *to) {
+  auto narrow = [&](auto t) {
+    using T = decltype(t);
+    constexpr int W = Element<T>::lanes;
+    const T *from = (const T *)p + first;
+    for (int64_t i = 0; i < count; i += W) {
+      const int64_t some = std::min<int64_t>(W, count - i);
+      T last[W] = {};
+      std::memcpy(last, from + i, some * sizeof(T));
+      const auto v = Element<T>::read(last);
+      for (int j = 0; j < some; j++) to[i + j] = (A)v[j];
+    }
+  };
+  if (!p) std::fill(to, to + count, (A)otherwise);
+  else if (type == float32) std::copy_n((const float *)p + first, count, to);
+  else if (type == float64) std::copy_n((const double *)p + first, count, to);
+  else type == float16 ? narrow(fp16{}) : narrow(bf16{});
 }
 
 void put(void *p, int64_t i, int type, double x) {
-  auto lane = [&](auto t) {
+  auto narrow = [&](auto t) {
     using T = decltype(t);
     T e[VECTOR_BYTES];
     Element<T>::write(e, typename Element<T>::V{} + (float)x);
@@ -323,105 +513,232 @@ void put(void *p, int64_t i, int type, double x) {
   };
   if (type == float32) ((float *)p)[i] = (float)x;
   else if (type == float64) ((double *)p)[i] = x;
-  else type == float16 ? lane(fp16{}) : lane(bf16{});
+  else type == float16 ? narrow(fp16{}) : narrow(bf16{});
 }
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 template <class A> using Array = std::unique_ptr<A[]>;
 
-// Channel parameters spread over `columns` memory positions; -0 is what x + nothing adds.
-template <class A> Array<A> spread(const void *p, int type, int64_t length, const Call &c, int64_t columns, int64_t inner, double otherwise) {
-  Array<A> to(new A[columns + VECTOR_BYTES]());
-  for (int64_t j = 0, channel = 0; j < columns; channel = channel + 1 == c.channels ? 0 : channel + 1) {
-    A value = (A)(p ? fetch(p, length == 1 ? 0 : channel, type) : otherwise);
-    for (int64_t stop = j + inner; j < stop; j++) to[j] = value;
-  }
+// Parameters of channels as A.
+template <class A> Array<A> whole(const void *p, int type, int64_t length, double otherwise) {
+  Array<A> to(new A[p ? length : 1]);
+  get(p, type, 0, p ? length : 1, otherwise, to.get());
   return to;
 }
 
-// The finishing sum: partials lie as outer x channels x width; float64, in order.
-template <class A> void finish(const A *partials, int64_t outer, const Call &c, int64_t width, void *to, int type, bool one) {
-  std::vector<double> sums(c.channels);
-  for (int64_t o = 0; o < outer; o++)
-    for (int64_t k = 0; k < c.channels; k++)
-      for (int64_t w = 0; w < width; w++) sums[k] += *partials++;
-  for (int64_t k = 1; one && k < c.channels; k++) sums[0] += sums[k];
-  for (int64_t k = 0; k < (one ? 1 : c.channels); k++) put(to, k, type, sums[k]);
-}
-
-template <class T, Rule R, bool ROWS, bool BACK> void walk(const Call &c) {
-  using S = Segment<T, R, ROWS, BACK>;
-  using A = typename S::A;
-  constexpr int64_t strip = longest / 2, item_size = 16384, group = 64;
-  const int64_t period = c.channels * c.inner;
-  // planes: pieces of a plane, `share` pieces an item. rows: repeated until 256 columns, `group` rows by one strip of columns an item.
-  const int64_t repeat = ROWS ? blocks(256, period) : 1, columns = ROWS ? repeat * period : c.inner;
-  const int64_t cuts = std::max<int64_t>(1, columns / strip), lines = blocks(c.n, columns), pieces = lines * cuts;
-  const int64_t share = std::max<int64_t>(1, item_size * cuts / columns);
-  const int64_t items = ROWS ? blocks(lines, group) * cuts : blocks(pieces, share);
-  const int64_t slots = !BACK ? 1 : ROWS ? blocks(lines, group) * columns : pieces, spare = VECTOR_BYTES;
-
-  const int64_t length = ROWS ? columns : c.channels, run = ROWS ? c.inner : 1;
-  Array<A> bias = spread<A>(c.bias, c.bias_type, c.channels, c, length, run, -0.0);
-  Array<A> slope = spread<A>(c.weight, c.weight_type, c.weights, c, length, run, c.lower);
-  Array<A> bias_part(new A[slots + spare]()), weight_part(new A[R == prelu ? slots + spare : 1]());
-
-  struct Nothing { Nothing(const Call &) {} };
-  using Random = std::conditional_t<S::random, Slopes<A>, Nothing>;
-  auto segment = [&](int64_t line, int64_t cut, int64_t slot, Random &slopes, int64_t stop) {
-    const int64_t first = cut * strip, start = line * columns + first;
-    const int64_t count = std::min((cut + 1 == cuts ? columns : first + strip) - first, c.n - start);
-    if (count <= 0) return;
-    const int64_t k = ROWS ? first : line % c.channels;
-    const A *s = &slope[k];
-    if constexpr (S::random) s = slopes.at(start, count, cuts == 1 || !ROWS ? stop : start + count);
-    S{&bias[k], s, {&bias_part[slot], &weight_part[R == prelu ? slot : 0]}}.run(
-        (const T *)c.value + start, BACK ? (const T *)c.grad + start : nullptr, (T *)c.out + start, count);
-  };
-  auto item = [&](int64_t i) {
-    Random slopes(c);
-    if (ROWS) {
-      const int64_t g = i / cuts, cut = i % cuts, stop = std::min(lines, (g + 1) * group);
-      for (int64_t line = g * group; line < stop; line++)
-        segment(line, cut, BACK ? g * columns + cut * strip : 0, slopes, std::min(c.n, stop * columns));
-    } else {
-      const int64_t stop = std::min(pieces, (i + 1) * share), end = stop / cuts * columns + stop % cuts * strip;
-      for (int64_t q = i * share; q < stop; q++) segment(q / cuts, q % cuts, BACK ? q : 0, slopes, end);
-    }
-  };
-  parallel_for(items, c.n < 32768 ? 1 : c.threads, item);
-
-  const int64_t outer = ROWS ? blocks(lines, group) * repeat : lines / c.channels, width = ROWS ? c.inner : cuts;
-  if (c.bias_sum) finish(bias_part.get(), outer, c, width, c.bias_sum, c.bias_type, false);
-  if (R == prelu && c.weight_sum) finish(weight_part.get(), outer, c, width, c.weight_sum, c.weight_type, c.weights == 1);
-}
-
-template <class T, Rule R> void dispatch(const Call &c) {
-  const bool rows = c.channels > 1 && c.inner < 16;
-  if (c.grad) rows ? walk<T, R, true, true>(c) : walk<T, R, false, true>(c);
-  else rows ? walk<T, R, true, false>(c) : walk<T, R, false, false>(c);
-}
-
-template <class T> void dispatch(const Call &c) {
-  switch (c.rule) {
-    case relu: return dispatch<T, relu>(c);
-    case leaky: return dispatch<T, leaky>(c);
-    case prelu: return dispatch<T, prelu>(c);
-    default: return dispatch<T, rrelu>(c);
+// The same for `count` memory positions from column `first` of a period on.
+template <class A> void spread(const void *p, int type, int64_t length, double otherwise, const Call &c, int64_t first, int64_t count, A *to) {
+  if (!p || length == 1) {
+    get(p, type, 0, 1, otherwise, to);
+    return std::fill(to + 1, to + count, *to);
+  }
+  for (int64_t j = 0, run; j < count; j += run) {
+    const int64_t channel = (first + j) / c.inner % c.channels;
+    run = std::min(count - j, c.inner == 1 ? c.channels - channel : c.inner - (first + j) % c.inner);
+    get(p, type, channel, c.inner == 1 ? run : 1, otherwise, to + j);
+    if (c.inner > 1) std::fill(to + j, to + j + run, to[j]);
   }
 }
 
-}  // namespace
+// The finishing sums in float64, in the order of the parts: add(first, count, sums) has those of `count` channels.
+template <class F> void finish(const Call &c, void *to, int type, bool one, const F &add) {
+  constexpr int64_t some = 256;
+  double all = 0;
+  for (int64_t first = 0; first < c.channels; first += some) {
+    const int64_t count = std::min(some, c.channels - first);
+    double sums[some] = {};
+    add(first, count, sums);
+    for (int64_t k = 0; k < count; k++) {
+      if (one) all += sums[k];
+      else put(to, first + k, type, sums[k]);
+    }
+  }
+  if (one) put(to, 0, type, all);
+}
 
-extern "C" void fused_rect(const Call *call) {
-  Call c = *call;
+// ---------------------------------------------------------------- the two walks: how a tensor is cut
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Blocks of memory; a piece, with its part of the sums, is where a block and a plane meet.
+struct Planes {
+  const Call &c;
+  const int64_t items = blocks(c.n, longest), planes = c.n / c.inner, parts = items + planes;
+  int64_t part(int64_t position, int64_t plane) const { return position / longest + plane; }  // in order, and each its own
+
+  template <class A> void add(const A *parts, int64_t first, int64_t count, double *sums) const {
+    for (int64_t plane = first; plane < planes; plane += c.channels)
+      for (int64_t k = 0; k < count; k++) {
+        const int64_t last = part((plane + k + 1) * c.inner - 1, plane + k);
+        for (int64_t i = part((plane + k) * c.inner, plane + k); i <= last; i++) sums[k] += parts[i];
+      }
+  }
+};
+
+// Lines of whole periods in strips of columns. An item is a group of lines in one strip.
+struct Rows {
+  const Call &c;
+  const int64_t period = c.channels * c.inner, columns = blocks(widest / 2, period) * period, strips = columns < widest ? 1 : blocks(columns, widest);
+  const int64_t lines = blocks(c.n, columns), group = deep * std::max<int64_t>(4, blocks(lines, 32 * deep)), groups = blocks(lines, group);
+  const int64_t items = groups * strips, parts = groups * columns;
+  int64_t begin(int64_t strip) const { return columns * strip / strips / 8 * 8; }
+  int64_t width(int64_t strip) const { return (strip + 1 == strips ? columns : begin(strip + 1)) - begin(strip); }
+
+  template <class A> void add(const A *parts, int64_t first, int64_t count, double *sums) const {
+    double wide[4096];
+    for (int64_t k = 0, some = 4096 / c.inner; k < count; k += some) {
+      const int64_t channels = std::min(some, count - k), width = channels * c.inner;
+      std::fill_n(wide, width, 0.0);
+      for (int64_t o = (first + k) * c.inner; o < groups * columns; o += period)
+        for (int64_t j = 0; j < width; j++) wide[j] += parts[o + j];
+      for (int64_t j = 0; j < channels; j++) sums[k + j] = std::accumulate(wide + j * c.inner, wide + (j + 1) * c.inner, 0.0);
+    }
+  }
+};
+
+// One thread's way through its tiles.
+template <class T, Slope S, bool ROWS, Pass P> struct Walker {
+  using Step = Tile<T, S, ROWS, P>;
+  using A = typename Step::A;
+  struct Nothing { explicit Nothing(const Call &) {} };
+
+  const Call &c;
+  std::conditional_t<Step::random, Slopes<A>, Nothing> slopes{c};
+  uint64_t words[(ROWS ? deep : 1) * words_a_line];
+
+  // Lines from `position` on. `shared`: other threads may meet the bytes at the ends of these lines.
+  void tile(int64_t position, int64_t count, int64_t lines, int64_t stride, const Step &step, bool shared = false) {
+    const T *value = c.value ? (const T *)c.value + position : nullptr;
+    const Lines<T> at{value, P == backward ? (const T *)c.grad + position : nullptr, (T *)c.out + position, words, count, lines, stride};
+    for (int64_t i = 0; !Step::from_value && i < lines; i++) {
+      if (c.bits) read_bits(c.bits, position + i * stride, count, words + i * words_a_line);
+      else mark(step, value + i * stride, words + i * words_a_line, count, i);
+    }
+    step.run(at);
+    for (int64_t i = 0; P == marking && c.bits && i < lines; i++) write_bits(c.bits, position + i * stride, count, words + i * words_a_line, shared);
+  }
+
+  // The bits that were not kept, from the input that was.
+  [[gnu::noinline]] void mark(const Step &step, const T *value, uint64_t *to, int64_t count, int64_t line) const {
+    T y[ROWS ? widest : longest];
+    const A *slope = step.slope + (Step::random ? line * step.slope_stride : 0);
+    Tile<T, S, ROWS, marking>{step.bias, slope, 0, nullptr, nullptr}.run({value, nullptr, y, to, count, 1, 0});
+  }
+};
+
+template <class T, Slope S, Pass P> void planes(const Call &c) {
+  using W = Walker<T, S, false, P>;
+  using A = typename W::A;
+  const Planes cut{c};
+  const Array<A> bias = whole<A>(c.bias, c.bias_type, c.channels, -0.0), slope = whole<A>(c.weight, c.weight_type, c.weights, c.first);
+  const Array<A> biases(c.bias_sum ? new A[cut.parts] : nullptr), weights(c.weight_sum ? new A[cut.parts] : nullptr);
+
+  parallel_for(cut.items, c.n < 32768 ? 1 : c.threads, [&](int64_t first, int64_t last) {
+    W walker{c};
+    const int64_t stop = std::min(c.n, last * longest);
+    int64_t position = first * longest, plane = position / c.inner, k = plane % c.channels;
+    for (int64_t count; position < stop; position += count) {
+      const int64_t part = cut.part(position, plane), end = (plane + 1) * c.inner;
+      count = std::min({end, (position / longest + 1) * longest, c.n}) - position;
+      constexpr int lanes = VECTOR_BYTES / sizeof(A);
+      double bias_sum[lanes], weight_sum[lanes];
+      if (biases) std::fill_n(bias_sum, lanes, 0.0);
+      if (weights) std::fill_n(weight_sum, lanes, 0.0);
+      const A *s = &slope[c.weights > 1 ? k : 0];
+      if constexpr (W::Step::random) s = walker.slopes.at(position, count, stop);
+      walker.tile(position, count, 1, 0, {&bias[c.bias ? k : 0], s, 0, biases ? bias_sum : nullptr, weights ? weight_sum : nullptr});
+      if (biases) biases[part] = (A)std::accumulate(bias_sum, bias_sum + lanes, 0.0);
+      if (weights) weights[part] = (A)std::accumulate(weight_sum, weight_sum + lanes, 0.0);
+      if (position + count == end) plane++, k = k + 1 == c.channels ? 0 : k + 1;
+    }
+  });
+  auto add = [&](const Array<A> &parts) {
+    return [&](int64_t first, int64_t count, double *sums) { cut.add(parts.get(), first, count, sums); };
+  };
+  if (biases) finish(c, c.bias_sum, c.bias_sum_type, false, add(biases));
+  if (weights) finish(c, c.weight_sum, c.weight_type, c.weights == 1, add(weights));
+}
+
+template <class T, Slope S, Pass P> void rows(const Call &c) {
+  using W = Walker<T, S, true, P>;
+  using A = typename W::A;
+  constexpr int64_t room = widest + VECTOR_BYTES / 4;
+  const Rows cut{c};
+  const Array<A> biases(c.bias_sum ? new A[cut.parts] : nullptr), weights(c.weight_sum ? new A[cut.parts] : nullptr);
+  // Bytes that two strips share, where lines are no whole bytes, are put together from zero.
+  const bool shared = cut.strips > 1 && cut.columns % 8;
+  if (P == marking && shared && c.bits) std::memset(c.bits, 0, blocks(c.n, 8));
+
+  parallel_for(cut.items, c.n < 32768 ? 1 : c.threads, [&](int64_t item, int64_t end) {
+    W walker{c};
+    for (; item < end; item++) {
+      const int64_t g = item / cut.strips, strip = item % cut.strips, first = cut.begin(strip), width = cut.width(strip);
+      A bias[room], slope[room];
+      double bias_sum[room], weight_sum[room];
+      spread(c.bias, c.bias_type, c.channels, -0.0, c, first, std::min(c.n, width), bias);
+      spread(c.weight, c.weight_type, c.weights, c.first, c, first, std::min(c.n, width), slope);
+      if (biases) std::fill_n(bias_sum, width, 0.0);
+      if (weights) std::fill_n(weight_sum, width, 0.0);
+      const int64_t last = std::min(cut.lines, (g + 1) * cut.group), stop = std::min(c.n, last * cut.columns);
+      for (int64_t line = g * cut.group, lines; line < last; line += lines) {
+        const int64_t position = line * cut.columns + first, whole = (c.n - line * cut.columns) / cut.columns;
+        if (position >= c.n) break;
+        lines = std::max<int64_t>(1, std::min({(int64_t)deep, last - line, whole}));  // the last line may end early
+        const int64_t count = std::min(width, c.n - position);
+        typename W::Step step{bias, slope, 0, biases ? bias_sum : nullptr, weights ? weight_sum : nullptr};
+        if constexpr (W::Step::random) std::tie(step.slope, step.slope_stride) = walker.slopes.of(position, count, lines, cut.columns, stop);
+        walker.tile(position, count, lines, cut.columns, step, shared);
+      }
+      if (biases) std::copy_n(bias_sum, width, &biases[g * cut.columns + first]);
+      if (weights) std::copy_n(weight_sum, width, &weights[g * cut.columns + first]);
+    }
+  });
+  auto add = [&](const Array<A> &parts) {
+    return [&](int64_t first, int64_t count, double *sums) { cut.add(parts.get(), first, count, sums); };
+  };
+  if (biases) finish(c, c.bias_sum, c.bias_sum_type, false, add(biases));
+  if (weights) finish(c, c.weight_sum, c.weight_type, c.weights == 1, add(weights));
+}
+
+template <class T, Slope S, Pass P> void dispatch(const Call &c) {
+  const int64_t narrow = c.n / c.inner < 4 * c.channels ? 64 : 256;  // few rows don't pay for the spreading of their parameters
+  c.channels > 1 && c.inner < narrow ? rows<T, S, P>(c) : planes<T, S, P>(c);
+}
+
+template <class T, Slope S> void dispatch(const Call &c) {
+  if (c.grad) return dispatch<T, S, backward>(c);
+  if constexpr (S == zero)  // the only one whose value takes no comparison
+    if (!c.bits) return dispatch<T, S, forward>(c);
+  dispatch<T, S, marking>(c);
+}
+
+template <class T> void dispatch(const Call &c) {
+  switch (c.slope) {
+    case zero: return dispatch<T, zero>(c);
+    case constant: return dispatch<T, constant>(c);
+    case learned: return dispatch<T, learned>(c);
+    default: return dispatch<T, drawn>(c);
+  }
+}
+
+void run(Call c) {
   if (c.channels == 1) c.inner = c.n;
   switch (c.type) {
     case float32: return dispatch<float>(c);
     case bfloat16: return dispatch<bf16>(c);
     case float16: return dispatch<fp16>(c);
     default: return dispatch<double>(c);
+  }
+}
+
+}  // namespace
+
+// Returns a Status. Whatever is allocated is allocated before anything is written, and by the calling thread.
+extern "C" int fused_rect(const Call *call) {
+  try {
+    run(*call);
+    return done;
+  } catch (const std::bad_alloc &) {
+    return no_memory;
   }
 }
 

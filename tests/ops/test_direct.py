@@ -4,25 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rectifying import RULES
 from torch import nn
 
 import fused_rect as fr
 from fused_rect import backends, ops
 from fused_rect.kernels import cpu
+from fused_rect.rules import PRELU, Parameters, Rule, leaky_relu, numbers
 
 with fr.backend("auto"):
     DIRECT = backends.direct() if cpu.available() else None
 pytestmark = pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not built: {cpu.calls()}")
 
-RULES = (
-    ("relu", 0.0, 0.0),
-    ("leaky_relu", 0.1, 0.1),
-    ("leaky_relu", -0.5, -0.5),
-    ("prelu", 0.0, 0.0),
-    ("rrelu", 1 / 8, 1 / 3),
-    ("rrelu_divisor", 3.0, 8.0),
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LEAKY, RRELU = leaky_relu(0.1), Rule.default("rrelu")
 SHAPES = [(7,), (4, 3), (2, 3, 5), (2, 3, 5, 7), (1, 8, 8, 8), (1, 2, 1, 1, 3), (3, 1, 4, 4)]
 
 
@@ -30,6 +25,14 @@ SHAPES = [(7,), (4, 3), (2, 3, 5), (2, 3, 5, 7), (1, 8, 8, 8), (1, 2, 1, 1, 3), 
 def native():
     with fr.backend("native"):
         yield
+
+
+def rectify(tensors, rule, bias_added=False):
+    return DIRECT.rectify(*tensors, *rule, *numbers(rule), bias_added)
+
+
+def rectify_(tensors, rule, bias_added=False):
+    return DIRECT.rectify_(*tensors, *rule, *numbers(rule), bias_added)
 
 
 def arguments(shape, dtype, rule, channels_last=False, wide=False, needs="xbw", has_bias=True):
@@ -40,23 +43,26 @@ def arguments(shape, dtype, rule, channels_last=False, wide=False, needs="xbw", 
     parameters = torch.float32 if wide else dtype
     channels = shape[1] if len(shape) > 1 else 1
     bias = torch.randn(channels).to(parameters) if has_bias and len(shape) > 1 else None
-    weight = torch.rand(channels).to(parameters) if rule[0] == "prelu" else None
+    weight = torch.rand(channels).to(parameters) if rule.learned else None
     for name, tensor in zip("xbw", (x, bias, weight)):
         if tensor is not None:
             tensor.requires_grad_(name in needs)
-    return x, bias, weight, torch.tensor([77]) if rule[0].startswith("rrelu") else None
+    return x, bias, weight, torch.tensor([77]) if rule.random else None
 
 
 def gradients(y, wanted, grad):
     return torch.autograd.grad(y, wanted, grad) if wanted else ()
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("needs", ["", "x", "b", "w", "xb", "xw", "bw", "xbw"])
-def test_whichever_gradients_are_wanted(needs, has_bias):
-    tensors = arguments((2, 3, 5), torch.float32, RULES[3], needs=needs, has_bias=has_bias)
+NEEDS = ["", "x", "b", "w", "xb", "xw", "bw", "xbw"]
+
+
+@pytest.mark.parametrize("bias", ["none", "added here", "added before"])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_whichever_gradients_are_wanted(needs, bias):
+    tensors = arguments((2, 3, 5), torch.float32, PRELU, needs=needs, has_bias=bias != "none")
     leaves, grad = [t for t in tensors if t is not None and t.requires_grad], torch.randn(2, 3, 5)
-    y, expected = DIRECT.rectify(*tensors, *RULES[3]), ops.rectify(*tensors, *RULES[3])
+    y, expected = rectify(tensors, PRELU, bias == "added before"), ops.rectify(*tensors, *PRELU, bias == "added before")
     assert y.requires_grad == bool(leaves)
     for got, wanted in zip(gradients(y, leaves, grad), gradients(expected, leaves, grad), strict=True):
         assert torch.equal(got, wanted)
@@ -64,29 +70,29 @@ def test_whichever_gradients_are_wanted(needs, has_bias):
 
 @settings(max_examples=200)
 @given(
-    shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES), rule=st.sampled_from(RULES), last=st.booleans(),
-    wide=st.booleans(), needs=st.sampled_from(["", "x", "b", "w", "xb", "xw", "bw", "xbw"]), has_bias=st.booleans(),
-    in_place=st.booleans(),
+    shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES), rule=st.sampled_from(list(RULES.values())),
+    last=st.booleans(), wide=st.booleans(), needs=st.sampled_from(NEEDS), has_bias=st.booleans(),
+    bias_added=st.booleans(), in_place=st.booleans(),
 )  # fmt: skip
-def test_equals_the_dispatchers_call(shape, dtype, rule, last, wide, needs, has_bias, in_place):
+def test_equals_the_dispatchers_call(shape, dtype, rule, last, wide, needs, has_bias, bias_added, in_place):
     wide = wide and dtype in (torch.bfloat16, torch.float16)
     tensors = arguments(shape, dtype, rule, last, wide, needs, has_bias)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
-    expected = ops.rectify(*tensors, *rule)
+    expected = ops.rectify(*tensors, *rule, bias_added)
     before = tensors[0].detach().clone()
     if in_place:
         x = tensors[0].clone() if tensors[0].requires_grad else tensors[0]
         version = x._version
-        taken = DIRECT.rectify_(x, *tensors[1:], *rule)
+        taken = rectify_((x, *tensors[1:]), rule, bias_added)
         # In-place PReLU keeps a copy where something is recorded, which is Python's to do.
-        assert taken == (not leaves or rule in RECORDED_IN_PLACE)
+        assert taken == (not leaves or not rule.learned)
         if not taken:
             assert x._version == version and torch.equal(x, before)
             return
         assert x._version == version + 1
         y = x
     else:
-        y = DIRECT.rectify(*tensors, *rule)
+        y = rectify(tensors, rule, bias_added)
         assert torch.equal(tensors[0], before)
     assert torch.equal(y, expected) and y.stride() == expected.stride() and y.dtype == dtype
     assert y.requires_grad == expected.requires_grad
@@ -95,47 +101,69 @@ def test_equals_the_dispatchers_call(shape, dtype, rule, last, wide, needs, has_
         assert torch.equal(got, wanted) and got.dtype == wanted.dtype and got.stride() == wanted.stride()
 
 
-RECORDED_IN_PLACE = [rule for rule in RULES if rule[0] != "prelu" and rule[1] >= 0]
+# In-place PReLU is Python's to record.
+RECORDED = [(rule, False) for rule in RULES.values()] + [(rule, True) for rule in RULES.values() if not rule.learned]
 
 
-@pytest.mark.parametrize(
-    ("rule", "in_place"), [(rule, False) for rule in RULES] + [(rule, True) for rule in RECORDED_IN_PLACE]
-)
-def test_second_derivatives(rule, in_place):
+@pytest.mark.parametrize("bias_added", [False, True])
+@pytest.mark.parametrize(("rule", "in_place"), RECORDED, ids=str)
+def test_second_derivatives(rule, in_place, bias_added):
     """Backward under create_graph goes to the dispatcher, whose derivatives the other tests prove."""
     x, bias, weight, seed = arguments((2, 3, 4), torch.float64, rule)
 
     def function(*tensors):
         bias, weight = tensors[1], tensors[2] if len(tensors) > 2 else None
+        z = tensors[0] + bias.view(-1, 1) if bias_added else tensors[0] * 1
+        # The map that added the bias is not told of its gradient by the rectifier: here the two are one.
+        parameters = (bias.detach() if bias_added else bias), weight, seed
         if not in_place:
-            return DIRECT.rectify(tensors[0], bias, weight, seed, *rule)
-        y = tensors[0] * 1
-        assert DIRECT.rectify_(y, bias, weight, seed, *rule)
-        return y
+            return rectify((z, *parameters), rule, bias_added)
+        assert rectify_((z, *parameters), rule, bias_added)
+        return z
 
     tensors = tuple(t for t in (x, bias, weight) if t is not None)
     assert torch.autograd.gradcheck(function, tensors) and torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("order", ["first", "second", "both"])
+@pytest.mark.parametrize("bias", ["none", "added here", "added before"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=str)
+def test_which_gradients_are_none_is_the_dispatchers(rule, bias, order):
+    tensors = arguments((2, 3, 4), torch.float32, rule, has_bias=bias != "none")
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+
+    def all_gradients(y):
+        loss = (y * y).sum() if order == "both" else y.sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=order != "first")
+        if order == "first":
+            return first
+        penalty = sum((g * g).sum() for g in first)
+        return torch.autograd.grad(penalty, leaves, allow_unused=True)
+
+    got = all_gradients(rectify(tensors, rule, bias == "added before"))
+    for a, b in zip(got, all_gradients(ops.rectify(*tensors, *rule, bias == "added before")), strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_draws_the_seed_that_python_would(in_place):
-    rule, x = RULES[4], torch.randn(2, 3, 5)
+    x = torch.randn(2, 3, 5)
     torch.manual_seed(3)
-    expected, following = ops.rectify(x, None, None, fr.random.new_seed(), *rule), torch.rand(1)
+    expected, following = ops.rectify(x, None, None, fr.random.new_seed(), *RRELU), torch.rand(1)
     torch.manual_seed(3)
     y = x.clone()
     if in_place:
-        ops.run_(y, None, None, None, *rule)
+        ops.run_(y, Parameters(), RRELU)
     else:
-        y = ops.run(y, None, None, None, *rule)
+        y = ops.run(y, Parameters(), RRELU)
     assert torch.equal(y, expected) and torch.equal(torch.rand(1), following)
 
 
-def refused(x, bias=None, weight=None, seed=None, rule=RULES[1]):
+def refused(x, bias=None, weight=None, seed=None, rule=LEAKY):
     """Nothing taken on, nothing written, no random number drawn."""
     state, before, version = torch.get_rng_state(), x.detach().clone(), x._version
-    assert DIRECT.rectify(x, bias, weight, seed, *rule) is None
-    assert not DIRECT.rectify_(x, bias, weight, seed, *rule)
+    assert rectify((x, bias, weight, seed), rule) is None
+    assert not rectify_((x, bias, weight, seed), rule)
     assert torch.equal(torch.get_rng_state(), state) and x._version == version
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
     return True
@@ -147,17 +175,16 @@ def test_the_unusual_is_left_to_python():
     assert negated.is_neg() and negated.is_contiguous()
     assert refused(x[:, :, ::2]) and refused(x[:0]) and refused(x.int()) and refused(x[:1].expand(2, 3, 4))
     assert refused(x, negated) and refused(x, c[:2]) and refused(x, torch.randn(6)[::2]) and refused(x, c.double())
-    assert refused(x, c, rule=("no such", 0.0, 0.0))
-    assert refused(x, c, rule=RULES[3]) and refused(x, weight=torch.randn(2), rule=RULES[3])
-    assert refused(x, weight=torch.randn(1, 3), rule=RULES[3]) and refused(x, weight=c.half(), rule=RULES[3])
-    assert refused(x, seed=torch.ones(1), rule=RULES[4]) and refused(x, seed=torch.tensor([1, 2]), rule=RULES[4])
-    assert refused(x[:, :, ::2], rule=RULES[4])
-    assert DIRECT.rectify(x.to_sparse(), None, None, None, *RULES[1]) is None
+    assert refused(x, c, rule=PRELU) and refused(x, weight=torch.randn(2), rule=PRELU)
+    assert refused(x, weight=torch.randn(1, 3), rule=PRELU) and refused(x, weight=c.half(), rule=PRELU)
+    assert refused(x, seed=torch.ones(1), rule=RRELU) and refused(x, seed=torch.tensor([1, 2]), rule=RRELU)
+    assert refused(x[:, :, ::2], rule=RRELU)
+    assert rectify((x.to_sparse(), None, None, None), LEAKY) is None
     flat = torch.randn(12)
-    assert not DIRECT.rectify_(flat[:12].view(4, 3), flat[:3], None, None, *RULES[1])  # the bias lies in the input
+    assert not rectify_((flat[:12].view(4, 3), flat[:3], None, None), LEAKY)  # the bias lies in the input
     leaf = torch.randn(2, 3, requires_grad=True)
-    assert not DIRECT.rectify_(leaf, None, None, None, *RULES[1])
-    assert not DIRECT.rectify_((leaf * 1)[:], None, None, None, *RULES[1])
+    assert not rectify_((leaf, None, None, None), LEAKY)
+    assert not rectify_(((leaf * 1)[:], None, None, None), LEAKY)
 
 
 class Watched(torch.Tensor):
@@ -235,16 +262,26 @@ def test_without_gradients(inference):
         torch.testing.assert_close(y, eager(x))
 
 
-def test_gradients_that_need_a_copy_and_hooks():
-    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
-    y, expected = DIRECT.rectify(x, bias, weight, seed, *RULES[1]), ops.rectify(x, bias, weight, seed, *RULES[1])
+@pytest.mark.parametrize("rule", [LEAKY, PRELU, RRELU], ids=lambda rule: rule.name)
+def test_gradients_that_need_a_copy_and_hooks(rule):
+    x, bias, *_ = tensors = arguments((2, 3, 4), torch.float32, rule)
+    y, expected = rectify(tensors, rule), ops.rectify(*tensors, *rule)
     for grad in (torch.ones(1).expand(2, 3, 4), torch.randn(4, 3, 2).permute(2, 1, 0)):
         got, wanted = (torch.autograd.grad(t, (x, bias), grad, retain_graph=True) for t in (y, expected))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted))
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
-        z = DIRECT.rectify(x, bias, None, None, *RULES[1])
+        z = rectify(tensors, rule)
     assert packed and torch.equal(torch.autograd.grad(z.sum(), bias)[0], torch.autograd.grad(y.sum(), bias)[0])
+
+
+def test_an_expanded_gradient_stays_in_cpp(monkeypatch):
+    """`y.sum().backward()` hands back one number for all elements."""
+    called = []
+    monkeypatch.setattr(cpu, "backward", lambda *args: called.append(args))
+    x, *rest = arguments((2, 3, 4), torch.float32, LEAKY)
+    rectify((x, *rest), LEAKY).sum().backward()
+    assert not called and torch.equal(x.grad, torch.where(x + rest[0].view(-1, 1) > 0, 1.0, 0.1))
 
 
 def test_backward_is_seen_by_a_mode_that_forward_did_not_have():
@@ -257,20 +294,47 @@ def test_backward_is_seen_by_a_mode_that_forward_did_not_have():
             calls.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
-    y = DIRECT.rectify(x, bias, weight, seed, *RULES[1])
+    _, bias, *_ = tensors = arguments((2, 3, 4), torch.float32, LEAKY)
+    y = rectify(tensors, LEAKY)
     with Dispatches():
         y.backward(torch.ones_like(y))
     assert "fused_rect.rectify_backward.default" in calls
     torch.testing.assert_close(bias.grad, torch.where(y > 0, 1.0, 0.1).sum((0, 2)))
 
 
-def test_overwritten_outputs_are_noticed():
-    x, bias, weight, seed = arguments((2, 3, 4), torch.float32, RULES[1])
-    y = DIRECT.rectify(x, bias, weight, seed, *RULES[1])
-    y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+@pytest.mark.parametrize(("rule", "in_place"), RECORDED, ids=str)
+def test_what_changes_after_forward_does_not_disturb_backward(rule, in_place):
+    """The output and the bias are not kept, or as they were."""
+    x, bias, weight, seed = tensors = arguments((2, 3, 4), torch.float32, rule)
+    wanted = torch.autograd.grad(rectify(tensors, rule).sum(), (x, bias))
+    y = x * 1
+    if in_place:
+        assert rectify_((y, bias, weight, seed), rule)
+    else:
+        y = rectify((y, bias, weight, seed), rule)
+    y.add_(1)
+    with torch.no_grad():
+        bias.neg_()
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y.sum(), (x, bias)), wanted))
+
+
+def test_a_changed_slope_or_input_is_noticed():
+    for changed in (0, 2):
+        tensors = arguments((2, 3, 4), torch.float32, PRELU, needs="b")
+        y = rectify(tensors, PRELU)
+        tensors[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=str)
+def test_what_is_kept(rule):
+    kept = []
+    tensors = arguments((2, 3, 40), torch.float32, rule)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rectify(tensors, rule)
+    size = sum(t.nbytes for t in kept)
+    assert size == (240 * 4 + 3 * 4 + 3 * 4 if rule.learned else 30 + 8 * rule.random)
 
 
 def test_without_the_library_python_serves(monkeypatch):

@@ -2,17 +2,20 @@
 
 import ctypes
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rectifying import RULES
 
 from fused_rect import reference
-from fused_rect import rules as rectifiers
 from fused_rect.backends import eager
 from fused_rect.kernels import cpu
 from fused_rect.kernels.cpu import build, launch
+from fused_rect.rules import PRELU, RELU, Need, Parameters, Rule
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
 
@@ -34,18 +37,10 @@ def variant(request):
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-RULES = (
-    ("relu", 0.0, 0.0),
-    ("leaky_relu", 0.1, 0.1),
-    ("leaky_relu", -0.5, -0.5),
-    ("prelu", 0.0, 0.0),
-    ("rrelu", 1 / 8, 1 / 3),
-    ("rrelu", -0.5, 0.5),
-    ("rrelu_divisor", 3.0, 8.0),
-)
 # Around zero, at the ends of float32, bfloat16 and float16, and where float16 rounds to infinity or to subnormals.
 EDGES = (0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, -1e-45, 3e38, -3e38, 65504.0, 65520.0, -65519.9, 6e-8, -2e-7)
-# Planes and rows of every kind: tails of each vector width, several strips a plane, several rows a group, one element.
+# Planes and rows of every kind: tails of each vector width, several pieces a plane and strips a row, bytes of the bits
+# that planes, rows and strips share, several rows a group, one element.
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 70)),
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
@@ -53,7 +48,8 @@ SHAPES = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(20, 60), st.integers(40, 70)),
     st.tuples(*[st.integers(1, 5)] * 5),
-    st.sampled_from([(40, 2100), (2, 1030, 1, 1), (1, 1, 3000), (3, 2500, 1, 2)]),
+    st.tuples(st.integers(3, 6), st.integers(1, 5), st.integers(4, 15), st.integers(4, 15)),
+    st.sampled_from([(40, 2100), (2, 1030, 1, 1), (1, 1, 9000), (3, 2500, 1, 2), (70, 1027), (2, 3, 65, 67), (9, 601)]),
 )
 
 
@@ -77,18 +73,29 @@ def sum_is_right(got: torch.Tensor, terms: torch.Tensor) -> bool:
     """``got`` (C,) or (1,) sums ``terms`` over all other dims, within float32's rounding of it and one of its own."""
     dims = [d for d in range(terms.dim()) if d != 1] if got.numel() > 1 else list(range(terms.dim()))
     exact, size = terms.double().sum(dims), terms.double().abs().sum(dims)
-    close = (got.double() - exact).abs() <= 1e-6 * size + torch.finfo(got.dtype).eps * exact.abs()
-    overflows = ~(size <= 0.99 * torch.finfo(got.dtype).max)
+    ends = torch.finfo(got.dtype)
+    close = (got.double() - exact).abs() <= 1e-6 * size + ends.eps * exact.abs() + ends.smallest_normal * ends.eps
+    overflows = ~(size <= 0.99 * ends.max)
     return bool((close | overflows).all())
+
+
+def poisoned_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits for ``x`` that hold stale ones, and the memory around them."""
+    count = (x.numel() + 7) // 8
+    room = torch.full((count + 64,), 0xA5, dtype=torch.uint8)
+    return room[32 : 32 + count], room
 
 
 @settings(max_examples=150)
 @given(
-    shape=SHAPES, order=st.integers(0, 10**6), dtype=st.sampled_from(DTYPES), rule=st.sampled_from(RULES),
-    has_bias=st.booleans(), per_channel=st.booleans(), wide=st.booleans(), seed=st.integers(-(2**63), 2**63 - 1),
+    shape=SHAPES, order=st.integers(0, 10**6), dtype=st.sampled_from(DTYPES),
+    rule=st.sampled_from(list(RULES.values())), has_bias=st.booleans(),
+    per_channel=st.booleans(), wide=st.booleans(), seed=st.integers(-(2**63), 2**63 - 1),
 )  # fmt: skip
-@example((1, 2, 17, 1), 0, torch.float32, RULES[3], True, True, False, 0)
-@example((40, 2100), 0, torch.bfloat16, RULES[3], True, True, True, 1)
+@example((1, 2, 17, 1), 0, torch.float32, PRELU, True, True, False, 0)
+@example((40, 2100), 0, torch.bfloat16, PRELU, True, True, True, 1)
+@example((70, 1027), 1, torch.float32, RELU, True, True, True, 1)
+@example((3, 5, 65, 67), 1, torch.float32, Rule("leaky_relu", 0.1, 0.1), True, True, True, 1)
 def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel, wide, seed):
     generator = torch.Generator().manual_seed(seed)
     dims = list(range(len(shape))) if order % 2 else torch.randperm(len(shape), generator=generator).tolist()
@@ -97,36 +104,42 @@ def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel,
     channels = shape[1] if len(shape) > 1 else 1
     bias = torch.randn(channels, generator=generator).to(parameter_dtype) if has_bias and len(shape) > 1 else None
     weight = torch.randn(channels if per_channel else 1, generator=generator).to(parameter_dtype)
-    parameters = (bias, weight if rule[0] == "prelu" else None, torch.tensor([seed]), *rule)
-    exact = dtype != torch.float64 or not rule[0].startswith("rrelu")  # float64 slopes: fma here, two roundings there
+    parameters = Parameters(bias, weight if rule.learned else None, torch.tensor([seed]) if rule.random else None)
+    # float64 slopes: fma here, two roundings there
+    same = close_64 if dtype == torch.float64 and rule.random else bits_equal
 
-    out, expected = torch.empty_like(x), torch.empty_like(x)
-    cpu.forward(x, *parameters, out)
-    eager.forward(x, *parameters, expected)
-    assert bits_equal(out, expected) if exact else torch.allclose(out, expected, 1e-14, 1e-15, True)
+    out, expected, (bits, room) = torch.empty_like(x), torch.empty_like(x), poisoned_bits(x)
+    cpu.forward(x, parameters, rule, out, bits)
+    expected_bits = torch.empty_like(bits)
+    eager.forward(x, parameters, rule, expected, expected_bits)
+    assert same(out, expected) and torch.equal(bits, expected_bits)
+    assert (room[:32] == 0xA5).all() and (room[-32:] == 0xA5).all()
     in_place = x.clone()
-    cpu.forward(in_place, *parameters, in_place)
+    cpu.forward(in_place, parameters, rule, in_place, None)
     assert bits_equal(in_place, out)
 
-    saved = out if rectifiers.saves_output(rule[0], rule[1]) else x
-    grad_input, expected = torch.empty_like(x), torch.empty_like(x)
-    need_weight = rule[0] == "prelu"
-    sums = cpu.backward(grad, saved, *parameters, grad_input, True, need_weight)
-    eager.backward(grad, saved, *parameters, expected, False, False)
-    assert bits_equal(grad_input, expected) if exact else torch.allclose(grad_input, expected, 1e-14, 1e-15, True)
-    alias = grad.clone()
-    again = cpu.backward(alias, saved, *parameters, alias, True, need_weight)
-    assert bits_equal(alias, grad_input) and bits_equal(sums[0], again[0])
-
-    z = reference.add_bias(x, bias)
-    wide_grad = grad if dtype == torch.float64 else grad.float()
+    wide_grad = grad.to(reference.computed_in(dtype))
     scaled = torch.empty_like(wide_grad)
-    eager.backward(wide_grad, saved.to(scaled.dtype), *parameters, scaled, False, False)
-    assert sums[0].dtype == parameter_dtype if bias is not None else sums[0].dtype == dtype
-    assert sum_is_right(sums[0], scaled)
-    if need_weight:
+    eager.backward(wide_grad, x.to(scaled.dtype), parameters, rule, scaled, Need())
+    for kept in (x,) if rule.learned else (bits, x):
+        given = parameters if kept is x else parameters._replace(bias=None)
+        grad_input, expected, need = torch.empty_like(x), torch.empty_like(x), Need(parameter_dtype, rule.learned)
+        sums = cpu.backward(grad, kept, given, rule, grad_input, need)
+        eager.backward(grad, kept, given, rule, expected, Need())
+        assert same(grad_input, expected)
+        alias = grad.clone()
+        again = cpu.backward(alias, kept, given, rule, alias, need)
+        assert bits_equal(alias, grad_input) and bits_equal(sums[0], again[0])
+        assert cpu.backward(grad, kept, given, rule, alias, Need()) == (None, None) and bits_equal(alias, grad_input)
+        assert sums[0].dtype == parameter_dtype and sum_is_right(sums[0], scaled)
+    if rule.learned:
         assert bits_equal(sums[1], again[1]) and sums[1].shape == weight.shape
+        z = reference.add_bias(x, bias)
         assert sum_is_right(sums[1], torch.where(z > 0, 0, z * wide_grad))
+
+
+def close_64(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, 1e-14, 1e-15, True)
 
 
 @settings(max_examples=50)
@@ -143,54 +156,94 @@ def test_words_equal_the_reference(variant, seed, counter, count):
     assert torch.equal(got, reference.words(seed, 4 * counter, 4 * count))
 
 
-@pytest.mark.parametrize("law", ["slope", "divisor"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.random], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slopes_within_one_ulp(variant, law, dtype):
-    seed, lower, upper = torch.tensor([2**40 + 1]), *rectifiers.DEFAULT_BOUNDS[law]
+def test_slopes_within_one_ulp(variant, rule, dtype):
+    seed = torch.tensor([2**40 + 1])
     x = torch.full((3, 5, 1000), -1.0, dtype=dtype)
-    cpu.forward(x, None, None, seed, "rrelu" if law == "slope" else "rrelu_divisor", lower, upper, x)
-    expected = reference.slopes(seed, x, lower, upper, law)
-    assert ((-x - expected).abs() <= torch.finfo(dtype).eps * expected).all()
+    expected = reference.slopes(seed, x, rule)
+    cpu.forward(x, Parameters(seed=seed), rule, x, None)
+    assert ((-x - expected).abs() <= torch.finfo(dtype).eps * max(abs(rule.lower), abs(rule.upper), 1)).all()
 
 
-@pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[4]], ids=lambda r: r[0])
-@pytest.mark.parametrize("shape", [(8, 24, 33, 31), (700, 300)])
-def test_bits_do_not_depend_on_threads(variant, rule, shape):
-    """The odd sizes cut the tensor into pieces of several lengths; 7 threads are more than this machine may have."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("name", ["leaky_relu", "prelu", "rrelu"])
+@pytest.mark.parametrize("shape", [(8, 24, 33, 31), (700, 300), (67, 1027), (16, 63, 7, 7)])
+def test_results_do_not_depend_on_threads(variant, name, shape):
+    """The odd sizes cut the tensor and the bits' bytes into pieces of several lengths; 7 threads exceed the cores."""
+    generator, rule = torch.Generator().manual_seed(0), RULES[name]
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    weight = torch.rand(shape[1], generator=generator) if rule[0] == "prelu" else None
-    bias, seed = torch.randn(shape[1], generator=generator), torch.tensor([5])
+    bias, weight = torch.randn(shape[1], generator=generator), torch.rand(shape[1], generator=generator)
+    parameters = Parameters(bias, weight if rule.learned else None, torch.tensor([5]) if rule.random else None)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7, 2):
             torch.set_num_threads(threads)
-            out, grad_input = torch.empty_like(x), torch.empty_like(x)
-            cpu.forward(x, bias, weight, seed, *rule, out)
-            sums = cpu.backward(grad, out, bias, weight, seed, *rule, grad_input, True, weight is not None)
-            results.append([t for t in (out, grad_input, *sums) if t is not None])
+            out, grad_input, (bits, _) = torch.empty_like(x), torch.empty_like(x), poisoned_bits(x)
+            cpu.forward(x, parameters, rule, out, bits)
+            kept, given = (x, parameters) if rule.learned else (bits, parameters._replace(bias=None))
+            sums = cpu.backward(grad, kept, given, rule, grad_input, Need(torch.float32, rule.learned))
+            results.append([t for t in (out, bits, grad_input, *sums) if t is not None])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 3), (1, 2, 1031), (3, 2, 17)])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(16, 64, 56, 56), (7, 3, 301, 33), (4, 5, 1023, 1), (999, 99, 1, 1), (9, 601, 1, 1)])
+def test_the_sum_of_a_constant_keeps_its_digits(variant, shape, last):
+    """Whatever the vectors' length: float32 would round a constant the same way at each addition."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    bits = torch.zeros((math.prod(shape) + 7) // 8, dtype=torch.uint8)
+    for value in (1.1, 0.3, 1 / 3, 7.7e-3, 1.9999):
+        grad = torch.full(shape, value).contiguous(memory_format=layout)
+        sums, _ = cpu.backward(grad, bits, Parameters(), RELU, torch.empty_like(grad), Need(torch.float32))
+        exact = grad.flatten()[0].double() * (grad.numel() // shape[1])
+        assert ((sums.double() - exact).abs() <= 4e-7 * exact).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 3), (1, 2, 1031), (3, 2, 17), (9, 2, 300)])
 def test_lanes_past_the_end_reach_no_sum(variant, shape):
     """They would take the negative side, where an infinite slope makes 0 * inf of their absent gradient."""
     x, grad, bias = torch.full(shape, 10.0), torch.ones(shape), torch.full(shape[1:2], -0.5)
-    weight = torch.full_like(bias, math.inf)
-    sums = cpu.backward(grad, x, bias, weight, None, "prelu", 0.0, 0.0, torch.empty_like(x), True, True)
+    parameters = Parameters(bias, torch.full_like(bias, math.inf))
+    sums = cpu.backward(grad, x, parameters, PRELU, torch.empty_like(x), Need(torch.float32, True))
     assert torch.equal(sums[0], torch.full_like(bias, x.numel() / shape[1])) and not sums[1].any()
 
 
 def test_neighbours_are_not_written(variant):
     """The ragged ends reach over whole vectors; what lies next to the tensors must stay."""
-    for shape in [(3,), (2, 3, 5), (5, 7), (3, 2, 17), (1, 3, 1031)]:
+    for shape in [(3,), (2, 3, 5), (5, 7), (3, 2, 17), (1, 3, 1031), (9, 700)]:
         n = math.prod(shape)
         room = torch.full((n + 64,), 7.0)
         x, out = torch.randn(shape), room[32 : 32 + n].view(shape)
-        channels = shape[1] if len(shape) > 1 else 1
-        cpu.forward(x, None, torch.rand(channels), None, "prelu", 0.0, 0.0, out)
-        cpu.backward(x, x, None, torch.rand(channels), None, "prelu", 0.0, 0.0, out, True, True)
+        parameters = Parameters(weight=torch.rand(shape[1] if len(shape) > 1 else 1))
+        cpu.forward(x, parameters, PRELU, out, None)
+        cpu.backward(x, x, parameters, PRELU, out, Need(torch.float32, True))
         assert (room[:32] == 7).all() and (room[32 + n :] == 7).all()
+
+
+@pytest.mark.parametrize("room", [0.5, 1.5])
+def test_no_memory_is_an_error_and_the_sums_of_one_row_take_one(room):
+    """(1, C) makes sums of C parts: beside C numbers half as many fit or do not, and twice C are never asked for."""
+    code = f"""
+import resource, torch
+from fused_rect.kernels import cpu
+from fused_rect.rules import RELU, Need, Parameters
+torch.set_num_threads(1)
+C = 2**24
+grad, bits = torch.ones(1, C), torch.zeros(C // 8, dtype=torch.uint8)
+cpu.backward(grad[:, :8], bits[:1], Parameters(), RELU, torch.empty(1, 8), Need(torch.float32))
+grad_bias = torch.empty(C)
+torch.Tensor.new_empty = lambda *args, **kwargs: grad_bias
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int({room} * 4 * C),) * 2)
+try:
+    cpu.backward(grad, bits, Parameters(), RELU, grad, Need(torch.float32))
+    print("done", bool((grad_bias == 1).all()))
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = "done True" if room > 1 else "no memory for the sums of a rectifier on a tensor of shape (1, 16777216)"
+    assert done.stdout.strip() == expected, done.stderr
