@@ -216,8 +216,9 @@ def _rectify_in_place(input: Tensor, parameters: Parameters, rule: Rule, bias_ad
     _check_not_a_leaf(input)
     check(input, parameters, rule)
     check_in_place(input)
-    if _keeps_input(input, rule):
-        # Backward reads what is overwritten, and double backward differentiates it: a copy that autograd knows.
+    if _keeps_input(input, rule) or input._is_view():
+        # Backward reads what is overwritten, and double backward differentiates it: a copy that autograd knows. So is
+        # what is written into a view: autograd rebases its base's history for Functions of one output alone.
         input.copy_(ops.rectify(input.clone(), *ops.flat(parameters, rule), bias_added))
     else:
         _differentiated(input, parameters, rule, bias_added, in_place=True)

@@ -577,10 +577,10 @@ struct Planes {
 // Lines of whole periods in strips of columns. An item is a group of lines in one strip.
 struct Rows {
   const Call &c;
-  const int64_t period = c.channels * c.inner, columns = blocks(widest / 2, period) * period, strips = columns < widest ? 1 : blocks(columns, widest);
+  const int64_t period = c.channels * c.inner, columns = blocks(widest / 2, period) * period, strips = columns < widest ? 1 : blocks(columns, widest - 8);
   const int64_t lines = blocks(c.n, columns), group = deep * std::max<int64_t>(4, blocks(lines, 32 * deep)), groups = blocks(lines, group);
   const int64_t items = groups * strips, parts = groups * columns;
-  int64_t begin(int64_t strip) const { return columns * strip / strips / 8 * 8; }
+  int64_t begin(int64_t strip) const { return columns * strip / strips / 8 * 8; }  // so a strip is up to 8 wider than its share
   int64_t width(int64_t strip) const { return (strip + 1 == strips ? columns : begin(strip + 1)) - begin(strip); }
 
   template <class A> void add(const A *parts, int64_t first, int64_t count, double *sums) const {

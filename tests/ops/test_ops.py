@@ -325,6 +325,35 @@ def test_in_place_writes_into_its_input(path, rule):
     assert torch.equal(z, expected) and z.data_ptr() == place and z._version > version
 
 
+VIEWS = {
+    "transposed": lambda t: t.transpose(0, 2),
+    "a part": lambda t: t[1:],
+    "reshaped": lambda t: t.view(-1, 5),
+    "strided": lambda t: t[..., ::2],
+    "a view of a view": lambda t: t[1:].transpose(1, 2),
+}
+
+
+@each
+@pytest.mark.parametrize("view", VIEWS)
+def test_in_place_on_a_view_with_gradients(path, rule, view):
+    """Of a tensor that others go on with: theirs and the view's gradients are the ones that a copy would have."""
+    x = torch.randn(4, 5, 5, dtype=torch.float64)
+    bias, weight, *rest = arguments(rule, VIEWS[view](x).shape[1], torch.float64)
+    found = []
+    for in_place in (True, False):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, bias, weight)]
+        base = leaves[0] * 2
+        part = VIEWS[view](base)
+        if in_place:
+            ops.rectify_(part, *leaves[1:], *rest)
+        else:
+            part.copy_(ops.rectify(part.clone(), *leaves[1:], *rest))
+        (base.cos() + 3 * base).sum().backward()
+        found.append([base.detach(), *(t.grad for t in leaves if t is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.ptx
 @each
 def test_in_place_on_a_strided_view_leaves_the_rest(path, rule):
