@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fused_rect as fr
+from fused_rect import rules
 from fused_rect.backends import eager
 from fused_rect.environment import machine
 from fused_rect.rules import Need, Parameters, Rule
@@ -39,16 +40,11 @@ from .profiling.report import print_report
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
 DTYPES = ("float32", "bfloat16", "float16")
-# (rule, lower, upper, slopes learned: one a channel where C)
+# Rules, and whether they learn one slope for all channels. Slopes of either sign.
 RULES = (
-    ("relu", 0.0, 0.0, ""),
-    ("leaky_relu", 0.1, 0.1, ""),
-    ("leaky_relu", -0.5, -0.5, ""),
-    ("prelu", 0.0, 0.0, "C"),
-    ("prelu", 0.0, 0.0, "1"),
-    ("rrelu", 1 / 8, 1 / 3, ""),
-    ("rrelu", -0.5, 0.5, ""),
-    ("rrelu_divisor", 3.0, 8.0, ""),
+    *((Rule.default(name), False) for name in rules.RULES),
+    *((Rule.default(name), True) for name, row in rules.RULES.items() if row.slope == "learned"),
+    *((rule, False) for rule in (rules.leaky_relu(-0.5), rules.rrelu(-0.5, 0.5, "slope"))),
 )
 # Planes of whole vectors, of parts, and smaller than a vector; one row of tiles and several; ragged last vectors.
 SHAPES = (
@@ -76,10 +72,10 @@ def agreement(
 
 
 def _differences(
-    rule: tuple[str, float, float, str], dtype: str, layout: str, shape: tuple[int, ...], device: str
+    rule_and_shared: tuple[Rule, bool], dtype: str, layout: str, shape: tuple[int, ...], device: str
 ) -> Report:
     """The largest differences over what is allowed: two roundings of the dtype, and for sums those of adding."""
-    name, lower, upper, learned = rule
+    rule, shared = rule_and_shared
     number = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(shape, generator=generator, device="cpu").to(number) for _ in range(2))
@@ -90,25 +86,25 @@ def _differences(
         x[(0, channel, *corner)] = value
     if layout == "channels_last":
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-    given = [x, g, bias, weight[: 1 if learned == "1" else None], torch.tensor([-1234567890123456789])]
+    weight = weight[:1] if shared else weight
+    given = [x, g, bias, weight, torch.tensor([-1234567890123456789])]
 
     def call(module: Any, where: str) -> list[Tensor]:
         x, grad, bias, weight, seed = (t.to(where, copy=True) for t in given)
-        given_rule = Rule(name, lower, upper)
-        parameters = Parameters(bias, weight if learned else None, seed)
+        parameters = Parameters(bias, weight if rule.learned else None, seed)
         out, bits = x.clone(), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=where)
-        module.forward(out, parameters, given_rule, out, bits)
-        kept = x if given_rule.keeps_input else bits
-        if not given_rule.keeps_input:
+        module.forward(out, parameters, rule, out, bits)
+        kept = x if rule.keeps_input else bits
+        if not rule.keeps_input:
             parameters = parameters._replace(bias=None)
-        sums = module.backward(grad, kept, parameters, given_rule, grad, Need(number, bool(learned)))
+        sums = module.backward(grad, kept, parameters, rule, grad, Need(number, rule.learned))
         return [t.cpu() for t in (bits, out, grad, *sums) if t is not None]
 
     with fr.backend("triton"):
         fused = call(fr.backends.resolve(torch.device(device).type), device)
     expected = call(eager, "cpu")
     accumulated = 16 * torch.finfo(torch.promote_types(number, torch.float32)).eps
-    counts = [0, 0, x.numel() // shape[1], x.numel() // weight[: 1 if learned == "1" else None].numel()]
+    counts = [0, 0, x.numel() // shape[1], x.numel() // weight.numel()]
     step = torch.finfo(number).eps
     bits_differ = not torch.equal(fused.pop(0), expected.pop(0))
     over = [
@@ -116,7 +112,7 @@ def _differences(
         for a, b, count in zip(fused, expected, counts)
     ]
     names = {
-        "rule": f"{name} {lower:.3g} {upper:.3g} {learned}",
+        "rule": f"{rule.name} {rule.lower:.3g} {rule.upper:.3g}{', shared' if shared else ''}",
         "dtype": dtype,
         "layout": layout,
         "shape": list(shape),

@@ -229,9 +229,6 @@ def _fused_(z: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
 
 
 def _in_place_or_reason(net: nn.Module, run: Callable[[Callable[[Any], Any]], Call | str]) -> Call | str:
-    if any(isinstance(m, nn.PReLU) for m in net.modules()):
-        return "torch has no PReLU in place"
-
     def in_place(module: nn.Module) -> nn.Module:
         made: nn.Module = copy_of(module)
         for m in made.modules():
@@ -239,7 +236,8 @@ def _in_place_or_reason(net: nn.Module, run: Callable[[Callable[[Any], Any]], Ca
                 m.inplace = True  # type: ignore[assignment]
         return made
 
-    return run(in_place)
+    settable = any(hasattr(m, "inplace") for m in net.modules())
+    return run(in_place) if settable else "torch has no PReLU in place"
 
 
 def _compiled(run: Callable[[Callable[[nn.Module], Any]], Call | str], wanted: bool) -> dict[str, Call | str]:
@@ -264,16 +262,16 @@ def _onednn(spec: Layer, net: nn.Sequential, x: Tensor, mode: str) -> Call | str
         return "its fused convolution is for inference on a CPU"
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return "this torch was built without it"
-    if spec.rectifier == "prelu":
+    rule = fr.nn.epilogue_arguments(net[1])[1]
+    if rule.learned:
         return "fuses no PReLU"
-    slope = fr.nn.epilogue_arguments(net[1])[1][1]
-    name, slopes = ("relu", []) if spec.rectifier == "relu" else ("leaky_relu", [slope])
+    slopes = [] if rule.slope == "zero" else [rule.lower]
     sizes = (spec.padding, spec.stride, (spec.dilation,) * spec.rank, 1)
     convolutions: Any = net[::2]
 
     def run(x: Tensor) -> Any:
         for m in convolutions:
-            x = torch.ops.mkldnn._convolution_pointwise(x, m.weight, m.bias, *sizes, name, slopes, "")
+            x = torch.ops.mkldnn._convolution_pointwise(x, m.weight, m.bias, *sizes, rule.name, slopes, "")
         return x
 
     return _or_reason(run, (x,), [], mode)

@@ -15,6 +15,7 @@ import pandas as pd
 from .peers import COPY, EAGER, FUSED, MATMUL
 from .records import one
 from .scaling import Curve
+from .workloads import RECTIFIERS
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -29,7 +30,7 @@ COLORS = {
     "#060606": "var(--good)",
 }
 INK, MUTED, LINE, ACCENT, WARN, GOOD = COLORS
-MARKERS = {"relu": "o", "leaky_relu": "s", "prelu": "^", "rrelu": "D", "": "o"}
+MARKERS = dict(zip(RECTIFIERS, "os^DvP*X"))
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "fused_rect", "font.size": 10, "text.color": INK, "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,

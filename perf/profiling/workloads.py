@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-RECTIFIERS = ("relu", "leaky_relu", "prelu", "rrelu")
+from fused_rect.rules import RULES
+
+RECTIFIERS = tuple(name for name, row in RULES.items() if row.law in ("", "slope"))  # that torch has, too
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,9 @@ class Layer:
         )  # fmt: skip
 
     def activation(self) -> nn.Module:
-        if self.rectifier == "prelu":
-            return nn.PReLU(self.slopes)
-        if self.rectifier == "leaky_relu":
-            return nn.LeakyReLU(self.slope)
-        return nn.ReLU() if self.rectifier == "relu" else nn.RReLU()
+        arguments = {"constant": (self.slope,), "learned": (self.slopes,)}.get(RULES[self.rectifier].slope, ())
+        made: nn.Module = getattr(nn, RULES[self.rectifier].module)(*arguments)
+        return made
 
     def arguments(self) -> dict[str, Any]:
         """What makes this layer again, as JSON can hold it."""
