@@ -46,11 +46,13 @@ class Job:
 class Run:
     """The state of one run: model, optimizer, position and what has been recorded."""
 
-    def __init__(self, job: Job, dataset: Dataset, device: torch.device) -> None:
-        self.job, self.device, p = job, device, job.protocol
+    def __init__(
+        self, job: Job, dataset: Dataset, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.job, self.device, self.dtype, p = job, device, dtype, job.protocol
         self.train, self.report = batches.prepare(dataset, p, job.seed, device)
         self.model = new_model(p, job.variant, job.seed, self.train.images.shape[1], dataset.classes)
-        self.model.to(device)
+        self.model.to(device, dtype)
         if p.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(groups(self.model, p), lr=p.lr, momentum=p.momentum)
@@ -102,8 +104,8 @@ class Run:
 
     # ---- training ----
 
-    def update(self) -> None:
-        """One step of SGD on one global batch, and its part of the epoch's sums."""
+    def update(self) -> Tensor:
+        """One step of SGD on one global batch, and its part of the epoch's sums. Returns this rank's loss, a mean."""
         p, number = self.job.protocol, self.step // self.per_epoch
         within = self.step % self.per_epoch
         if self.order is None or within == 0:
@@ -120,8 +122,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         labels = self.train.labels[index]
         with autocast(p, self.device):
-            scores = self.parallel(self.train.inputs(index, placement))
-        loss = F.cross_entropy(scores.float(), labels, reduction="sum")
+            scores = self.parallel(self.train.inputs(index, placement).to(self.dtype))
+        loss = F.cross_entropy(scores.to(self.dtype), labels, reduction="sum")
         # DDP averages over ranks: the sum over the global batch divided by its exact size.
         scaled = loss * (distributed.world_size() / len(positions))
         self.scaler.scale(scaled).backward()
@@ -129,6 +131,7 @@ class Run:
         self.scaler.update()
         self.sums += counts(loss.detach(), scores.detach(), labels)
         self.step += 1
+        return scaled.detach()
 
     def close_epoch(self) -> dict[str, float]:
         """What the epoch's own updates saw (train mode, weights in motion), then its sums are zero again.
@@ -160,7 +163,7 @@ class Run:
                 torch.manual_seed(seed)
                 labels = images.labels[mine]
                 with autocast(p, self.device):
-                    scores = self.model(images.inputs(mine)).float()
+                    scores = self.model(images.inputs(mine).to(self.dtype)).to(self.dtype)
                 sums += counts(F.cross_entropy(scores, labels, reduction="sum"), scores, labels)
         loss, errors, count = distributed.total(sums).tolist()
         assert count == len(images), f"counted {count} of {len(images)} images"
