@@ -28,6 +28,11 @@ CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
     f"fused_rect/study/{name}.py"
     for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")
 )
+FILES, CLI = "fused_rect/files.py", "fused_rect/cli.py"
+PROFILE, MEASURE, RECORDS, NAMED, PEERS = (
+    f"perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers")
+)
+PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
 AUTOGRAD, FUNCTIONAL, REFERENCE = "fused_rect/ops/autograd.py", "fused_rect/functional.py", "fused_rect/reference.py"
 
@@ -48,6 +53,9 @@ FOCUSED = {
     BUILD: ["tests/kernels/cpu/test_native_build.py"],
     BACKENDS: ["tests/backends"],
     **dict.fromkeys((CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES), STUDY_FAULTS),
+    FILES: ["tests/test_files.py"],
+    **dict.fromkeys((CLI, PROFILE, MEASURE, RECORDS, NAMED), PROFILE_FAULTS),
+    PEERS: ["tests/profiling/test_profile.py"],
     STATISTICS: ["tests/study/test_study_report.py"],
     TRAINING: ["tests/study/test_study_training.py"],
     OPS: [
@@ -426,4 +434,15 @@ MUTANTS = [
         "        False\n        and torch",
     ),
     Mutant(FUNCTIONAL, "over what a checkpoint caches", "dispatch_modes() > 0)", "dispatch_modes() > 9)"),
+    Mutant(FILES, "written under its own name", 'partial.open("xb")', 'path.open("wb")'),
+    Mutant(FILES, "halves stay", "            partial.unlink(missing_ok=True)", "            pass"),
+    Mutant(CLI, "only some terminals", 'stream.errors in ("strict", "surrogateescape")', 'stream.errors == "replace"'),
+    Mutant(PROFILE, "paths are markup", '{"markup": False,', '{"markup": True,'),
+    Mutant(PROFILE, "nothing timed is a success", 'status = _failed(f"nothing', '_failed(f"nothing'),
+    Mutant(MEASURE, "processes outlive the command", "    os.read(pipe, 1)", "    threading.Event().wait()"),
+    Mutant(MEASURE, "a process that left early", "child.returncode or done < len(cases)", "child.returncode"),
+    Mutant(RECORDS, "any ratio", "not (0 < ratio < math.inf", "not (ratio < math.inf"),
+    Mutant(RECORDS, "control characters", 'c if c.isprintable() else "?"', "c"),
+    Mutant(NAMED, "a user's missing import", 'f"{name}.".startswith(f"{missing.name}.")', "missing.name"),
+    Mutant(PEERS, "in place of a copy", "lambda leaf, buffer: buffer\n", "lambda leaf, buffer: buffer.clone()\n"),
 ]
