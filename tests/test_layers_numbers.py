@@ -98,6 +98,22 @@ def test_a_cancelling_bias_is_added_before_rounding():
     assert eager[0] < 0.01 and layer[0] <= eager[0] * 1.05 and fused[0] <= eager[0] * 1.05
 
 
+@pytest.mark.parametrize("linear_map", ["linear", "conv2d"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_no_further_from_float64_than_eager(linear_map, dtype):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, shape = MAPS[linear_map](64)
+    cancel(module, 100.0)
+    pair = nn.Sequential(module, nn.LeakyReLU(0.3)).to(dtype)
+    x, grad = (torch.randn(shape) + 100).to(dtype), torch.randn(())
+    exact, eager = results(copy.deepcopy(pair).double(), x.double(), grad.double(), None), results(pair, x, grad, None)
+    compiled = torch.compile(pair, backend="fused_rect", options={"fused_rect.sites": "all"})
+    for ours, theirs, want in zip(results(compiled, x, grad, None), eager, exact, strict=True):
+        error, allowed = ((got.double() - want).norm() / want.norm() for got in (ours, theirs))
+        assert error <= 1.05 * allowed + torch.finfo(dtype).eps / 4
+
+
 @pytest.mark.ptx
 @pytest.mark.parametrize("linear_map", MAPS)
 @pytest.mark.parametrize("train", [False, True])
