@@ -32,15 +32,16 @@ from .study.protocol import SMALL, Protocol
 from .study.training import Job, Run
 from .study.variants import VARIANTS
 
-# A learning rate at which rounding is not amplified: at 0.01, float32 runs part after some 100 steps.
+# A learning rate at which rounding is little amplified: at 0.01, float32 runs part after some 100 steps.
 PROTOCOL = replace(
     SMALL, data="digits", image=0, train_images=0, batch_size=64, width=1 / 4, law="slope", lr=0.005
 )  # fmt: skip
 # Of the study's variants one for each rectifier, under the name that torch has for it.
 RECTIFIERS = {RULES[v.rectifier].module: v.key for v in VARIANTS.values()}
-# The bias gradient sums in another order than torch's: the last digit differs, and training multiplies that by about
-# 10^5, in float32 to a visible difference. float64 shows that it is rounding and nothing else.
-TOLERANCE = {torch.float32: 5e-2, torch.float64: 1e-6}
+# The bias gradient sums in another order than torch's: the last digit differs, which flips the choice of a pool or the
+# side of a rectifier here and there. In float32 that moved single losses by up to 0.1 in ten trainings, so what is held
+# to be equal is float64's, where it moved none by more than 1e-13.
+TOLERANCE = {torch.float32: 0.5, torch.float64: 1e-6}
 
 
 class ReferenceRReLU(nn.RReLU):
@@ -171,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
             **facts, "protocol": asdict(protocol), "seed": options.seed, "tolerance": tolerance,
             "results": [asdict(result) for result in results],
         }  # fmt: skip
-        files.replace(options.json, lambda file: file.write((json.dumps(figures, indent=2) + "\n").encode()))
+        files.replace_text(options.json, json.dumps(figures, indent=2) + "\n")
     # Wide enough for the table wherever the output goes: a terminal narrower than that may scroll.
     Console(width=max(console.width, 118)).print(table(results))
     tolerances = ", ".join(f"{value:g} in {str(dtype).removeprefix('torch.')}" for dtype, value in TOLERANCE.items())

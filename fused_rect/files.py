@@ -36,6 +36,11 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """:func:`replace` by ``text`` as UTF-8; what is no text (a path may hold it) becomes an escape."""
+    replace(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def check(path: Path) -> None:
     """Raises the OSError that :func:`replace` would, for a file that cannot be written; the folder must be there."""
     path = Path(os.path.realpath(path))

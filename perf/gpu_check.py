@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fused_rect as fr
-from fused_rect import rules
+from fused_rect import files, rules
 from fused_rect.backends import eager
 from fused_rect.environment import machine
 from fused_rect.rules import Need, Parameters, Rule
@@ -289,10 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     where = machine("cuda")
     report = check({name: STEPS[name] for name in options.only})
-    options.results.mkdir(parents=True, exist_ok=True)
     name = f"gpu-check-{where['target']}-{time.strftime('%Y-%m-%d')}"
-    (options.results / f"{name}.json").write_text(json.dumps({"machine": where, "steps": report}, indent=1) + "\n")
-    (options.results / f"{name}.md").write_text(markdown(where, report), encoding="utf-8")
+    content = json.dumps({"machine": where, "steps": report}, indent=1) + "\n"
+    for kind, text in (("json", content), ("md", markdown(where, report))):
+        files.replace_text(options.results / f"{name}.{kind}", text)
     print(f"{options.results / name}.json and .md")
     return int(any(step["ok"] is False for step in report.values()))
 

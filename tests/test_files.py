@@ -18,6 +18,11 @@ def test_a_file_appears_whole_and_nothing_stays_beside_it(tmp_path):
         assert path.read_bytes() == content and os.listdir(path.parent) == [path.name]
 
 
+def test_text_is_utf8_and_what_is_no_text_an_escape(tmp_path):
+    files.replace_text(tmp_path / "a", "µ \udcff")
+    assert (tmp_path / "a").read_bytes() == "µ ".encode() + b"\\udcff"
+
+
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bad")])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, failure):
     path = tmp_path / "a"

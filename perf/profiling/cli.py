@@ -212,16 +212,13 @@ def _write(
             if kind == "json":
                 records.save(path, frame, facts, command)
             elif kind == "csv":
-                _save(path, frame.to_csv(index=False))
+                files.replace_text(path, frame.to_csv(index=False))
             else:
                 from .page import page
 
-                _save(path, page(frame, facts, command, comparison))
+                files.replace_text(path, page(frame, facts, command, comparison))
             console.print(f"written: {records.shown(str(path))}")
         except OSError as error:
             status = _failed(error, 1)
     return status
 
-
-def _save(path: Path, text: str) -> None:
-    files.replace(path, lambda file: file.write(text.encode(errors="backslashreplace")))
