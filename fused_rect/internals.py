@@ -36,7 +36,17 @@ def jit_tracing() -> bool:
 
 # ---- autograd
 
-SingleLevelFunction = _SingleLevelFunction  # an autograd.Function for one level of torch.func
+
+
+class SingleLevelFunction(_SingleLevelFunction):
+    """An autograd.Function for one level of torch.func."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[int]:
+        """Under which compiled autograd keeps what it compiled; torch has it on autograd.Function alone."""
+        return (ctx._autograd_function_id,)
+
+
 single_level = enable_single_level_autograd_function  # lets such a Function be applied under torch.func
 forward_ad_enabled = _set_fwd_grad_enabled
 below_autograd = torch._C._AutoDispatchBelowAutograd  # a context in which ops skip their Autograd kernels

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 from fused_rect import fusion
-from fused_rect.fusion.rewrite import Site
 
 from .profiling.memory import peak_live_bytes
 
@@ -208,7 +207,7 @@ def compare(name: str, dtype: torch.dtype, how: str) -> Result:
     )
 
 
-def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[Site]]:
+def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[Any]]:
     if how == "fuse":
         return fr.fuse(model, fold_batchnorm=fold), fusion.report(model, fold_batchnorm=fold)
     from fused_rect import compile as fused_compile

@@ -62,7 +62,7 @@ FOCUSED = {
         "tests/ops/test_ops.py",
         "tests/test_functional.py",
         "tests/ops/test_integrations.py",
-        "tests/test_compile.py",
+        "tests/compile",
     ],
     AUTOGRAD: ["tests/ops/test_ops.py", "tests/ops/test_second_order.py", "tests/ops/test_integrations.py"],
     FUNCTIONAL: ["tests/test_functional.py", "tests/test_layers_numbers.py", "tests/ops/test_checkpoint.py"],

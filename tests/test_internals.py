@@ -8,11 +8,13 @@ from test_structure import PACKAGE, sources
 
 from fused_rect import internals
 
-# Inductor's, which compile.py imports when it is used: importing them takes seconds.
+# Inductor's, which compile/ imports when it is used: importing them takes seconds.
 OF_INDUCTOR = {
     "torch._inductor": ["list_mode_options"],
     "torch._inductor.compile_fx": ["compile_fx"],
-    "torch._inductor.lowering": ["constrain_to_fx_strides", "make_fallback"],
+    "torch._inductor.lowering": ["make_fallback"],
+    "torch._inductor.graph": ["GraphLowering"],
+    "torch._inductor.ir": ["ExternKernel"],
     "torch._inductor.custom_graph_pass": ["CustomGraphPass"],
 }
 PRIVATE = re.compile(r"\btorch\.(?:\w+\.)*_\w+")

@@ -192,6 +192,15 @@ struct Anchored : torch::autograd::Function<Anchored> {
   }
 };
 
+// Numbers as compiled autograd can hash them, which it cannot lists inside of tuples.
+c10::IValue tuple_of(at::IntArrayRef numbers) { return c10::ivalue::Tuple::create(std::vector<c10::IValue>(numbers.begin(), numbers.end())); }
+
+std::vector<int64_t> numbers_of(const c10::IValue &tuple) {
+  std::vector<int64_t> numbers;
+  for (const auto &number : tuple.toTupleRef().elements()) numbers.push_back(number.toInt());
+  return numbers;
+}
+
 // ops/autograd.py's _Rectify. Beside the rectified input there may be a second output, by which second derivatives reach this node:
 //   beside bits         nothing, an empty tensor: it brings the zeros that torch's own rectifiers give
 //   where input is kept the bias as forward read it, whatever is done to the bias in between; or, where the input holds the bias
@@ -213,7 +222,7 @@ struct Rectify : torch::autograd::Function<Rectify> {
     ctx->save_for_backward({kept, kept_bias, weight.value_or(Tensor()), seed.value_or(Tensor()), rule.learned() ? Tensor() : link});
     ctx->saved_data["rule"] = c10::ivalue::Tuple::create({std::string(rule.name), rule.lower, rule.upper, rule.slope, rule.first, rule.second});
     ctx->saved_data["layout"] = c10::ivalue::Tuple::create(
-        {out.sizes(), out.strides(), (int64_t)out.scalar_type(), bias ? (int64_t)bias->scalar_type() : -1, added});
+        {tuple_of(out.sizes()), tuple_of(out.strides()), (int64_t)out.scalar_type(), bias ? (int64_t)bias->scalar_type() : -1, added});
     if (link.defined()) return {out, link};
     return {out};
   }
@@ -223,7 +232,7 @@ struct Rectify : torch::autograd::Function<Rectify> {
     const Tensor &kept = saved[0], &bias = saved[1], &weight = saved[2], &anchor = saved[4];
     const auto &r = ctx->saved_data["rule"].toTupleRef().elements(), &l = ctx->saved_data["layout"].toTupleRef().elements();
     const Rule rule{r[0].toStringView(), r[1].toDouble(), r[2].toDouble(), r[3].toInt(), r[4].toDouble(), r[5].toDouble()};
-    const auto sizes = l[0].toIntVector(), strides = l[1].toIntVector();
+    const auto sizes = numbers_of(l[0]), strides = numbers_of(l[1]);
     const bool has_bias = l[3].toInt() >= 0;
     // Edges count the tensors that were there.
     const bool need_bias = has_bias && ctx->needs_input_grad(1), need_weight = weight.defined() && ctx->needs_input_grad(1 + has_bias);
@@ -270,7 +279,12 @@ std::optional<Tensor> run(
   const Maybe seed = seed_ || !rule.random() ? seed_ : Maybe(new_seed());
   if (!add_seed(*call, rule, seed.value_or(Tensor()))) return {};
 
-  if (record) return Rectify::apply(input, bias_, weight_, seed, *call, rule, in_place)[0];
+  if (record) {
+    const Tensor out = Rectify::apply(input, bias_, weight_, seed, *call, rule, in_place)[0];
+    // Nobody asks any more what forward wrote to, but compiled autograd refuses a node that still says so.
+    if (in_place) static_cast<torch::autograd::CppNode<Rectify> *>(out.grad_fn().get())->ctx_.mark_dirty({});
+    return out;
+  }
   const Tensor out = in_place ? input : at::empty_like(input);
   forward(*call, input, out, {});
   if (in_place && !input.is_inference()) input.unsafeGetTensorImpl()->bump_version();

@@ -1,0 +1,199 @@
+"""`torch.compile(model, backend="fused_rect")`: rectifiers become fused ops where that moves fewer bytes.
+
+Inductor compiles all the rest, and those rectifiers that it fuses with what stands around them: see :mod:`.placement`.
+`options={"fused_rect.sites": "all"}` makes every rectifier behind a map ours; the default is "auto". All other options,
+and `mode`, reach Inductor unchanged. `inductor_pass` does the same inside plain `backend="inductor"`; `explain` says
+what happens to each rectifier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from .. import backends
+from ..rules import RULES
+from . import layouts
+from .rewrite import ALL, How, Site, rewrite
+
+__all__ = ["ALL", "How", "Report", "Site", "backend", "explain", "inductor_pass", "rewrite_graph_module"]
+
+_VERSION = "fused_rect-rewrite-2"
+_SITES = "fused_rect.sites"
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend. ``mode`` and ``options`` are `torch.compile`'s."""
+    from torch._inductor.compile_fx import compile_fx
+
+    how, patches = _how(mode, options)
+    layouts.let_inductor_choose()
+    sites = rewrite_graph_module(gm, how, patches)
+    fused = [site for site in sites if site.fused]
+    if (fused and _on_cpu(example_inputs)) or (how.eager_random and any(RULES[site.rectifier].law for site in fused)):
+        # On CPUs channels-last convolutions gain nothing in training; copies to that layout and back cost 5 to 10 %.
+        # Random slopes follow the layout: eager's are those of eager's.
+        patches.setdefault("layout_optimization", False)
+    compiled = cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
+    return _refusing_double_backward(compiled) if torch.is_grad_enabled() else compiled
+
+
+def _how(mode: str | None, options: dict[str, Any] | None) -> tuple[How, dict[str, Any]]:
+    """What is asked of the rewrite, and what of Inductor."""
+    from torch._inductor import config, list_mode_options
+
+    options = dict(options or {})
+    sites = options.pop(_SITES, "auto")
+    if sites not in ("auto", "all"):
+        raise ValueError(f"option {_SITES!r} must be 'auto' or 'all', got {sites!r}")
+    patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
+
+    def asked(name: str) -> bool:
+        return bool(patches.get(name, getattr(config, name)))
+
+    templates = asked("max_autotune") or asked("max_autotune_gemm")
+    return How(sites == "all", templates, asked("fallback_random")), patches
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity on a gradient of a compiled model; AOTAutograd's own message names no way out."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "torch.compile does not support double backward (a gradient penalty, a Hessian); run the model eagerly "
+            "for it: fused_rect.fuse(model) keeps the fused ops, and they have every higher derivative"
+        )
+
+
+def _mark(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled():  # no create_graph=True
+        return None
+    apply: Any = _FirstDerivative.apply
+    return tuple(apply(g) if g is not None and g.requires_grad else g for g in grad_inputs)
+
+
+def _refusing_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for node in {output.grad_fn for output in outputs if getattr(output, "grad_fn", None) is not None}:
+            node.register_hook(_mark)
+        return outputs
+
+    return call
+
+
+def _on_cpu(inputs: list[Any]) -> bool:
+    return {i.device.type for i in inputs if isinstance(i, torch.Tensor)} <= {"cpu"}
+
+
+def rewrite_graph_module(gm: fx.GraphModule, how: How, patches: dict[str, Any] | None = None) -> list[Site]:
+    """Rewrite ``gm`` and the graph modules inside it: checkpointed regions, branches. patches: of Inductor's config."""
+    modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    last = layouts.channels_last([module.graph for module in modules], patches or {})
+    sites: list[Site] = []
+    for module in modules:
+        sites += rewrite(module.graph, how, channels_last=last)
+        module.recompile()
+    return sites
+
+
+def __getattr__(name: str) -> Any:
+    """`inductor_pass` is made at first use: its base class lives in Inductor, which takes seconds to import."""
+    if name != "inductor_pass":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class FuseRectifiers(CustomGraphPass):
+        """For `torch._inductor.config.pre_grad_custom_pass`."""
+
+        def __call__(self, graph: fx.Graph) -> None:
+            from torch._inductor import config
+
+            how, _ = _how(None, None)
+            asked = {"layout_optimization": config.layout_optimization}
+            rewrite(graph, how, channels_last=layouts.channels_last([graph], asked))
+
+        def uuid(self) -> str:
+            # Part of Inductor's cache key: a cached graph compiled without the pass must not be served.
+            return f"{_VERSION}-{backends.name('cpu')}"
+
+    layouts.let_inductor_choose()
+    made = FuseRectifiers()
+    globals()["inductor_pass"] = made
+    return made
+
+
+class Report(list[Site]):
+    """The rectifiers of a model; prints one line each."""
+
+    @property
+    def fused(self) -> list[Site]:
+        """Those whose forward or backward is a fused op."""
+        return [site for site in self if site.fused]
+
+    def __str__(self) -> str:
+        width = max((len(site.name) for site in self), default=0)
+        ours, plain = self.moved
+        moved = f"; they move {_megabytes(ours)} a step, plain Inductor's {_megabytes(plain)}" if plain else ""
+        head = f"{len(self.fused)} of {len(self)} rectifiers are ours{moved}"
+        return "\n".join([head, *(f"  {site.name:{width}}  {site.verdict}" for site in self)])
+
+    @property
+    def moved(self) -> tuple[float, float]:
+        """Bytes that the rectifiers' own reads and writes amount to in a training step, placed so and by Inductor."""
+        known = [(site.bytes_here, site.bytes_inductor) for site in self if site.bytes_inductor is not None]
+        return sum(here or 0 for here, _ in known), sum(plain for _, plain in known)
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> Report:
+    """Who computes each rectifier under `torch.compile(model, backend="fused_rect")` for these inputs, and why.
+
+    Traces the model as torch.compile would and runs it once, uncompiled. mode, options: those of torch.compile.
+    """
+    how, patches = _how(mode, options)
+    report = Report()
+
+    def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        report.extend(rewrite_graph_module(gm, how, patches))
+        return gm.forward
+
+    with _fresh_dynamo():
+        torch.compile(model, backend=record)(*inputs, **keywords)
+    return report
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.3g} MB"
+
+
+@contextlib.contextmanager
+def _fresh_dynamo() -> Iterator[None]:
+    """A model compiled before must be traced again, and what is traced here must not be kept."""
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()

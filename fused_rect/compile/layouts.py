@@ -1,0 +1,84 @@
+"""Layouts under Inductor, which runs convolutions channels_last where it expects them to be faster so.
+
+While a model is traced its tensors have eager's layouts; Inductor decides afterwards. Bits and random slopes follow one
+layout in forward and backward, so the rewritten graph has to say which it will be: `channels_last` asks Inductor's own
+rule before. Were its answer another later, the op would copy, and still be right.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops
+from .sites import MAPS, RANKS
+
+
+def channels_last(graphs: list[fx.Graph], patches: dict[str, Any]) -> bool:
+    """Whether Inductor will run the convolutions of these training graphs channels_last. patches: of its config."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    asked = fx.Graph()
+    for node in (node for graph in graphs for node in graph.nodes):
+        name = MAPS.get(node.target, "linear") if node.op == "call_function" else "linear"
+        if RANKS[name] == 0 or not all(isinstance(a, fx.Node) and _value(a) is not None for a in node.args[:2]):
+            continue
+        operands = []
+        for argument in node.args[:2]:
+            operands.append(asked.placeholder(f"operand_{len(asked.nodes)}"))
+            operands[-1].meta["val"] = _value(argument)
+        groups = _groups(node, name)
+        asked.call_function(torch.ops.aten.convolution.default, (*operands, None, [], [], [], False, [], groups))
+    if any(node.meta["val"].device.type == "cpu" for node in asked.nodes if node.op == "placeholder"):
+        return bool(patches.get("layout_optimization", False))  # what the backend asks for there
+    own = {
+        name: value for name, value in patches.items() if name in ("layout_optimization", "force_layout_optimization")
+    }
+    with config.patch(own):
+        return bool(GraphLowering.decide_layout_opt(cast(Any, SimpleNamespace(graph=asked)), is_inference=False))
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("example_value")
+    return value if isinstance(value, Tensor) else None
+
+
+def _groups(node: fx.Node, name: str) -> Any:
+    position = 7 if name.startswith("conv_transpose") else 6
+    return node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
+
+
+@functools.cache
+def let_inductor_choose() -> None:
+    """Inductor hands an op that it does not know copies in eager's layout; ours take any that their bits follow.
+
+    Where the layouts differ nevertheless, the copy is Inductor's, which can write its own results so at once.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import make_fallback
+
+    leading: dict[Any, int] = {
+        ops.rectify: 1,
+        ops.rectify_bits: 1,
+        ops.rectify_backward: 2,
+    }  # tensors that have a layout
+
+    def constraint(node: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        count = leading.get(node.target)
+        if count is None:  # in place: no copy may be handed over
+            return args, kwargs
+        stride = args[-1] if isinstance(args[-1], (list, tuple)) else None
+        if stride is None and count == 2:
+            args[1].realize()
+            stride = args[1].get_stride()
+        if stride is not None:
+            args = (cast(Any, ir.ExternKernel.require_exact_strides(args[0], stride)), *args[1:])
+        return args, kwargs
+
+    for op in (*leading, ops.rectify_, ops.rectify_bits_):
+        make_fallback(op, layout_constraint=constraint, warn=False)

@@ -1,0 +1,229 @@
+"""The rewrite of a Dynamo graph: rectifiers become calls of :mod:`.calls` where :mod:`.placement` says so.
+
+A map and its rectifier become one call in the map's place: what mutates its input later still does so later.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .. import backends, functional
+from ..random import new_seed
+from ..rules import RULES
+from . import calls
+from .placement import BACKWARD, INDUCTOR, OURS, Around, Choice, in_training
+from .sites import MAPS, RANKS, Found, find
+
+
+class How(NamedTuple):
+    """What the user asks for."""
+
+    all: bool = False  # every rectifier behind a map, whatever it moves
+    templates: bool = False  # Inductor's templates of matrix products and convolutions take a rectifier as epilogue
+    eager_random: bool = False  # the random numbers of eager mode: drawn one after the other, in eager's layout
+
+
+ALL = How(all=True)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A rectifier, and who computes it."""
+
+    where: str
+    linear_map: str  # that it is fused with; "" for none
+    rectifier: str
+    place: str
+    reason: str
+    bytes_here: float | None = None  # moved in a training step, counted by :func:`.placement.traffic` ...
+    bytes_inductor: float | None = None  # ... and by plain Inductor
+
+    @property
+    def fused(self) -> bool:
+        return self.place != INDUCTOR
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}: {' + '.join(filter(None, (self.linear_map, self.rectifier)))}"
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.verdict}"
+
+
+def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site]:
+    """Rewrite ``graph`` in place and say what was done with each rectifier.
+
+    channels_last: so will the convolutions of two dims lie in memory, whatever the graph says.
+    """
+    random = any(f.obstacle is None and _is_random(f) for f in find(graph))
+    last = channels_last and not (random and how.eager_random)
+    chosen = [(found, _choose(found, how, last)) for found in find(graph)]
+    seeds = _Seeds(graph, how, [found for found, choice in chosen if choice.place != INDUCTOR and _is_random(found)])
+    sites = []
+    for found, choice in chosen:
+        sites.append(_site(found, choice))
+        if choice.place != INDUCTOR:
+            _replace(graph, found, choice.place == BACKWARD, seeds, last)
+    return sites
+
+
+def _is_random(found: Found) -> bool:
+    return bool(RULES[found.rectifier].law)
+
+
+def _value(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["example_value"]
+    return value
+
+
+# ---- the choice ----
+
+
+def _choose(found: Found, how: How, channels_last: bool) -> Choice:
+    if found.obstacle is not None:
+        return Choice(INDUCTOR, found.obstacle)
+    if how.all and found.map_node is not None:
+        return Choice(OURS, "every site was asked for")
+    value = _value(found.node)
+    cpu = value.device.type == "cpu"
+    if _is_random(found) and (not value.requires_grad or how.all):
+        return _random(cpu)
+    if not value.requires_grad:
+        return Choice(INDUCTOR, "no gradient is wanted, and Inductor's inference moves as little")
+    if how.templates and found.map_node is not None and not _is_random(found) and not _transposed(found.linear_map):
+        return Choice(INDUCTOR, f"the template of the {found.linear_map} takes it as its epilogue")
+    choice = in_training(_around(found, channels_last))
+    if not cpu:
+        return choice
+    if _is_random(found):
+        return _random(cpu)
+    if found.rectifier == "prelu":
+        return Choice(INDUCTOR, "on the CPU Inductor's PReLU is as fast")
+    return choice if found.map_node is not None else choice._replace(place=INDUCTOR)
+
+
+def _random(cpu: bool) -> Choice:
+    if cpu and backends.name("cpu") == "eager":
+        return Choice(INDUCTOR, "there is no native CPU path here, and Inductor's RReLU is faster than the eager one")
+    return Choice(OURS, "Inductor would write the noise to memory")
+
+
+def _transposed(linear_map: str) -> bool:
+    return linear_map.startswith("conv_transpose")
+
+
+def _around(found: Found, channels_last: bool) -> Around:
+    value = _value(found.node)
+    relaid = channels_last and value.dim() == 4  # an output of the graph is written in eager's layout
+    opaque = sum(_is_opaque(user, found.node, relaid) for user in found.node.users)
+    return Around(
+        found.rectifier,
+        value.element_size(),
+        _adds_bias(found, value),
+        opaque,
+        len(found.node.users) - opaque,
+        _gradient_is_ready(found.node, relaid),
+        found.map_node is not None or found.source.op == "placeholder",
+    )
+
+
+_PRODUCTS = (torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, "matmul", "bmm", "mm")
+_SUMS = (torch.add, "add", "add_", operator.add, operator.iadd)
+
+
+def _is_opaque(user: fx.Node, value: fx.Node, relaid: bool) -> bool:
+    """Whether ``user`` reads ``value`` once, from memory, and hands its gradient back in memory."""
+    if user.op == "output":
+        return not relaid
+    known = user.target in MAPS if user.op == "call_function" else False
+    return (known or user.target in _PRODUCTS) and list(user.args).count(value) == 1 and user.args[0] is value
+
+
+def _gradient_is_ready(value: fx.Node, relaid: bool) -> bool:
+    """Whether one opaque reader has it: of ``value``, or of a sum that ``value`` is a part of."""
+    if len(value.users) != 1:
+        return False
+    (user,) = value.users
+    if _is_opaque(user, value, relaid):
+        return True
+    part = user.target in _SUMS and user.args.count(value) == 1 and "alpha" not in user.kwargs
+    return part and _value(user).shape == _value(value).shape and _gradient_is_ready(user, relaid)
+
+
+def _adds_bias(found: Found, value: torch.Tensor) -> bool:
+    if found.map_node is None or functional.map_adds_bias(RANKS[found.linear_map], value.device):
+        return False
+    args, kwargs = found.map_node.args, found.map_node.kwargs
+    return (args[2] if len(args) > 2 else kwargs.get("bias")) is not None
+
+
+def _site(found: Found, choice: Choice) -> Site:
+    value, here = found.node.meta.get("example_value"), None
+    plain = choice.inductor
+    if plain is not None and isinstance(value, torch.Tensor) and isinstance(value.numel(), int):
+        here = (plain if choice.place == INDUCTOR else choice.ours or 0) * value.numel()
+        plain = plain * value.numel()
+    else:
+        plain = None
+    return Site(found.where, found.linear_map, found.rectifier, choice.place, choice.reason, here, plain)
+
+
+# ---- what is put in place ----
+
+
+class _Seeds:
+    """The seeds of a graph's random rectifiers: one draw at its start, or, as in eager mode, each before its use."""
+
+    def __init__(self, graph: fx.Graph, how: How, random: list[Found]) -> None:
+        self.graph = graph
+        self.drawn: dict[torch.device, fx.Node] = {}
+        self.used: dict[torch.device, int] = {}
+        if how.eager_random:
+            return
+        devices = [_value(found.node).device for found in random]
+        start = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(start):
+            for device in dict.fromkeys(devices):
+                self.drawn[device] = _kept(graph.call_function(calls.new_seeds, (devices.count(device), device)))
+                self.used[device] = 0
+
+    def next(self, found: Found) -> fx.Node:
+        """The seed of a rectifier, as a node before the insertion point."""
+        device = _value(found.node).device
+        if device not in self.drawn:
+            return _kept(self.graph.call_function(new_seed, (device,)))
+        self.used[device] += 1
+        return self.graph.call_function(calls.seed_of, (self.drawn[device], self.used[device] - 1))
+
+
+def _kept(seed: fx.Node) -> fx.Node:
+    """Never drawn again in backward, under any memory budget: torch's partitioner takes randint for repeatable."""
+    seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return seed
+
+
+def _replace(graph: fx.Graph, found: Found, inline: bool, seeds: _Seeds, channels_last: bool) -> None:
+    place = found.map_node or found.node
+    with graph.inserting_before(place):
+        seed = seeds.next(found) if _is_random(found) else None
+        own = (found.rectifier, found.arguments, seed, inline)
+        if found.map_node is not None:
+            call = (found.linear_map, found.map_node.args, dict(found.map_node.kwargs), *own, channels_last)
+            new = graph.call_function(calls.behind_map, call)
+        else:
+            new = graph.call_function(calls.bare, (found.source, *own, found.in_place))
+    new.meta = dict(found.node.meta)
+    found.node.replace_all_uses_with(new)
+    graph.erase_node(found.node)
+    if found.map_node is not None:
+        graph.erase_node(found.map_node)
