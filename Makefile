@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 # Two runs at once take turns; the second finds the work done. Without flock (macOS) they must not overlap.
 LOCK = $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: help setup demo study test test-all mutants gpu-check lint clean
+.PHONY: help setup demo study test test-all mutants fuzz sanitize gpu-check lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -42,6 +42,14 @@ test-all: lint  ## everything
 # Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; half an hour on two cores.
 mutants: setup  ## break the code on purpose
 	$(RUN) tests/mutation.py $(MUTANTS)
+
+# Random cases, e.g. make fuzz FUZZ="native --seed 7 --count 10000"; a wrong one is named, and can be repeated by itself.
+fuzz: setup  ## random cases on every path, against eager, float64 and torch's autograd
+	$(RUN) tests/fuzz.py $(FUZZ)
+
+# e.g. make sanitize SANITIZE="--seed 7 --count 5000"; the first run builds four programs, a minute each.
+sanitize: setup  ## the C++ kernels under address, undefined-behaviour and thread sanitizers
+	$(RUN) tests/sanitize.py $(SANITIZE)
 
 # On a machine with a GPU: kernels, tests, times, CUDA graphs, compute-sanitizer; writes perf/results/.
 gpu-check: setup  ## all that needs a GPU

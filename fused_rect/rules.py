@@ -134,9 +134,14 @@ class Need(NamedTuple):
     weight: bool = False
 
 
-@functools.lru_cache(1024)
 def numbers(rule: Rule) -> tuple[int, float, float]:
-    """What C++ knows a rule by, its number and constants: a call's, in 0.1 us."""
+    """What C++ knows a rule by, its number and constants: a call's, in 0.2 us."""
+    return _numbers(rule, math.copysign(1.0, rule.lower))
+
+
+@functools.lru_cache(1024)
+def _numbers(rule: Rule, sign: float) -> tuple[int, float, float]:
+    """``sign``: of the lower bound, since slopes of 0 and -0 are equal as keys and give zeros of other signs."""
     return rule.number, *rule.constants
 
 

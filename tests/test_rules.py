@@ -57,3 +57,9 @@ def test_one_bound_may_be_left_to_the_law():
 def test_bounds_that_make_no_sense(lower, upper, law, error, message):
     with pytest.raises(error, match=message):
         rules.rrelu(lower, upper, law)
+
+
+def test_the_sign_of_a_slope_of_zero_is_not_lost_in_the_numbers_that_are_kept():
+    """0.0 == -0.0, so one would be found under the other's name; their zeros differ in sign."""
+    for slope in (-0.0, 0.0, -0.0):
+        assert math.copysign(1, rules.numbers(rules.leaky_relu(slope))[1]) == math.copysign(1, slope)

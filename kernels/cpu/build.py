@@ -185,7 +185,7 @@ def _key(part: str) -> str:
         raise BuildError(f"the native CPU kernels are built on Linux and macOS alone, not on {platform.system()}")
     sources = (SOURCES[part].read_text(), HEADER.read_text())
     torch_build = (torch.__version__, str(torch.version.git_version)) if part == DIRECT else ()
-    parts = (*sources, version(compiler()), *flags(part), *torch_build, platform.machine())
+    parts = (*sources, version(compiler()), *compiler()[1:], *flags(part), *torch_build, platform.machine())
     return f"{part}-{_hash(chr(0).join(parts).encode())}"
 
 

@@ -78,13 +78,15 @@ def test_built_once_privately_then_loaded(fresh, small_source):
 
 
 @needs_compiler
-@pytest.mark.parametrize("changed", ["source", "flags", "compiler"])
+@pytest.mark.parametrize("changed", ["source", "flags", "compiler", "its options"])
 def test_what_makes_the_library_names_it(fresh, small_source, monkeypatch, changed):
     first = build._key(build.KERNELS)
     if changed == "source":
         small_source.write_text(SMALL.replace("42", "43"))
     elif changed == "flags":
         monkeypatch.setattr(build, "flags", lambda part: (*build.FLAGS, "-O1"))
+    elif changed == "its options":
+        monkeypatch.setenv("CXX", f"{build.compiler()[0]} -fsanitize=address")
     else:
         monkeypatch.setattr(build, "version", lambda command: "another compiler 1.0")
     assert build._key(build.KERNELS) != first
