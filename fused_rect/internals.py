@@ -77,7 +77,12 @@ is_in_thread = torch._C._is_key_in_tls
 get_in_thread = torch._C._get_obj_in_tls
 
 
+without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
+
+
 # ---- modules
+
+CALLS = (_module.Module.__call__, _module.Module._call_impl)  # what runs between a call of a module and its forward
 
 
 def globally_hooked() -> bool:

@@ -2,6 +2,7 @@
 
 For each model: sites fused, the largest difference of outputs and gradients from the original's (float64 and float32),
 and the peak of live bytes of a training step. Exits with 1 when a difference is over its tolerance.
+`--reach` counts instead, over more models, which of the pairs that run are fused by fuse() (perf/reach.py).
 The packages (spandrel, timm, transformers) are optional; a model whose package is missing is skipped by name.
 """
 
@@ -135,15 +136,19 @@ def drunet() -> nn.Module:
     return spandrel("DRUNet", "network_unet", "DRUNet")(in_nc=3, out_nc=3, nc=[8, 8, 8, 8], nb=1)
 
 
-def vgg() -> nn.Module:
+def timm(module: str) -> Any:
+    """A module of timm.models, without the data sets that its package imports."""
     bare("timm.data")
     vars(sys.modules["timm"])["__version__"] = importlib.metadata.version("timm")
     constants = importlib.import_module("timm.data.constants")
     vars(sys.modules["timm.data"]).update({k: v for k, v in vars(constants).items() if k.isupper()})
     bare("timm.models")
     with without_torchvision("FrozenBatchNorm2d"):
-        module: Any = importlib.import_module("timm.models.vgg")
-    model: nn.Module = module.VGG([8, "M", 16, "M", 16, 16, "M"], num_classes=10, drop_rate=0.0)
+        return importlib.import_module(f"timm.models.{module}")
+
+
+def vgg() -> nn.Module:
+    model: nn.Module = timm("vgg").VGG([8, "M", 16, "M", 16, 16, "M"], num_classes=10, drop_rate=0.0)
     return model
 
 
@@ -209,7 +214,10 @@ def compare(name: str, dtype: torch.dtype, how: str) -> Result:
 
 def _converted(model: nn.Module, x: Tensor, how: str, fold: bool) -> tuple[nn.Module, list[Any]]:
     if how == "fuse":
-        return fr.fuse(model, fold_batchnorm=fold), fusion.report(model, fold_batchnorm=fold)
+        fr.fuse(model, fold_batchnorm=fold)
+        with torch.no_grad():
+            model(x)
+        return model, fusion.report(model)
     from fused_rect import compile as fused_compile
 
     options: dict[str, Any] = {"fused_rect.sites": "all"}
@@ -222,7 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-rect-models", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(MODELS)}; by default all")
     parser.add_argument("--compile", action="store_true", help="through torch.compile too, which takes minutes")
+    parser.add_argument("--reach", action="store_true", help="count the pairs that fuse() reaches, over more models")
     chosen = parser.parse_args(arguments)
+    if chosen.reach:
+        from .reach import reach
+
+        return reach(chosen.names)
     worst = 0
     for name in chosen.names or MODELS:
         try:

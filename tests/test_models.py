@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
-from fused_rect.perf import models
+import fused_rect as fr
+from fused_rect.perf import models, reach
 from fused_rect.perf.profiling.memory import peak_live_bytes
 
 # How many sites each has; a lower number means that fuse() lost some.
-SITES = {"RRDBNet": 14, "Compact": 5, "CUGAN UNet": 7, "DnCNN": 4, "DRUNet": 7, "VGG": 6, "HiFi-GAN": 6}
+SITES = {"RRDBNet": 14, "Compact": 5, "CUGAN UNet": 8, "DnCNN": 4, "DRUNet": 7, "VGG": 6, "HiFi-GAN": 21}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -50,6 +52,25 @@ def test_peak_live_bytes_sees_what_lives_at_once():
 
     peak = peak_live_bytes(step)
     assert 2 << 20 <= peak < (2 << 20) + 4096
+
+
+@pytest.mark.parametrize("name", [*models.MODELS, "resnet18", "nf_resnet26", "T5"])
+def test_every_pair_of_a_real_model_is_reached(name):
+    try:
+        pairs, fused, normed, fused_normed = reach.reached(reach.REACH[name])
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"{reach.REACH[name].package} is not installed: {missing}")
+    assert (fused, fused_normed) == (pairs, normed) and pairs + normed > 0
+
+
+def test_a_pair_that_is_missed_lowers_the_count(monkeypatch, capsys):
+    """A rectifier that nobody knows to be one is no pair, one that reads a sum is none, and one left counts."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    monkeypatch.setitem(reach.REACH, "block", models.Model("torch", lambda: block, (1, 3, 4, 4)))
+    assert reach.reached(reach.REACH["block"]) == (1, 1, 1, 1) and reach.reach(["block"]) == 0
+    monkeypatch.setattr(reach.fr, "fuse", lambda model, **_: fr.unfuse(model))
+    assert reach.reached(reach.REACH["block"]) == (1, 0, 1, 0) and reach.reach(["block"]) == 1
+    assert "0 of    1 pairs (0.0%)" in capsys.readouterr().out
 
 
 def test_the_command_prints_a_line_a_model(capsys):

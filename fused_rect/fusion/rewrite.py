@@ -1,7 +1,6 @@
-"""The one graph rewrite: convolution (or linear map) + rectifier become one call, in any `torch.fx` graph.
+"""The graph rewrite of the compile backend and the Inductor pass: map + rectifier become one call.
 
-Dynamo's graphs hold functions (`torch.conv2d`, `F.leaky_relu`, `Tensor.relu_`, ...), symbolically traced ones hold
-modules too. Both are served, so the compile backend, the Inductor pass and `fuse()` on graph modules agree.
+Dynamo's graphs hold functions: `torch.conv2d`, `F.leaky_relu`, `Tensor.relu_`, ...
 The fused call takes the convolution's place in the graph: what mutates its input later still does so later.
 """
 
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import functional
-from . import pairs
 
 _LINEAR: dict[Any, str] = {
     torch._C._nn.linear: "linear",
@@ -56,74 +54,32 @@ Policy = Callable[[str, fx.Node], "str | None"]  # (rectifier, the node whose va
 def rewrite(graph: fx.Graph, owner: torch.nn.Module | None = None, policy: Policy | None = None) -> list[Site]:
     """Fuse every site of ``graph`` in place and say what was done with each.
 
-    owner: holds the modules that `call_module` nodes name. policy: a reason to leave a site to the
-    compiler behind us, or None; an RReLU in evaluation is a "leaky_relu" to it.
+    owner: the graph's module; modules that the graph calls are left as they are. policy: a reason to leave a site to
+    the compiler behind us, or None; an RReLU in evaluation is a "leaky_relu" to it.
     """
     sites = []
     for node in list(graph.nodes):
-        rectifier = _rectifier_of(node, owner)
-        if rectifier is None or not node.args:
+        rectifier = _RECTIFIERS.get(node.target) if node.op in ("call_function", "call_method") else None
+        if rectifier is None or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         producer = node.args[0]
-        linear_map = _linear_of(producer, owner) if isinstance(producer, fx.Node) else None
+        linear_map = _LINEAR.get(producer.target) if producer.op == "call_function" else None
         if linear_map is not None:
-            sites.append(_visit(graph, node, producer, linear_map, rectifier, owner, policy))
-        bare = (
-            rectifier == "rrelu" and node.op == "call_function" and not node._erased and isinstance(producer, fx.Node)
-        )
+            reason = _obstacle(node, producer, rectifier) or (
+                policy(_rule(node, rectifier), producer) if policy else None
+            )
+            if reason is None:
+                _fuse(graph, producer, node, linear_map, rectifier)
+            sites.append(Site(producer.name, linear_map, rectifier, reason is None, reason or ""))
+        bare = rectifier == "rrelu" and node.op == "call_function" and not node._erased
         if bare and (policy is None or policy(_rule(node, rectifier), producer) is None):
             _replace_bare_rrelu(graph, node)
     return sites
 
 
-def _visit(
-    graph: fx.Graph,
-    node: fx.Node,
-    producer: fx.Node,
-    linear_map: str,
-    rectifier: str,
-    owner: torch.nn.Module | None,
-    policy: Policy | None,
-) -> Site:
-    where = str(producer.target) if producer.op == "call_module" else producer.name
-    reason = _obstacle(node, producer, rectifier, owner) or (
-        policy(_rule(node, rectifier), producer) if policy else None
-    )
-    if reason is None:
-        if producer.op == "call_module":
-            _fuse_modules(graph, producer, node)
-        else:
-            _fuse_functions(graph, producer, node, linear_map, rectifier)
-    return Site(where, linear_map, rectifier, reason is None, reason or "")
-
-
-def _rectifier_of(node: fx.Node, owner: torch.nn.Module | None) -> str | None:
-    if node.op == "call_module" and owner is not None:
-        return pairs.rectifier_name(owner.get_submodule(str(node.target)))
-    if node.op in ("call_function", "call_method"):
-        return _RECTIFIERS.get(node.target)
-    return None
-
-
-def _linear_of(node: fx.Node, owner: torch.nn.Module | None) -> str | None:
-    if node.op == "call_module" and owner is not None:
-        return pairs.linear_map_name(owner.get_submodule(str(node.target)))
-    return _LINEAR.get(node.target) if node.op == "call_function" else None
-
-
-def _obstacle(node: fx.Node, producer: fx.Node, rectifier: str, owner: torch.nn.Module | None) -> str | None:
+def _obstacle(node: fx.Node, producer: fx.Node, rectifier: str) -> str | None:
     if len(producer.users) > 1:
         return f"the convolution's output has {len(producer.users)} users"
-    if (producer.op == "call_module") != (node.op == "call_module"):
-        return "one of the pair is a module, the other a function"
-    if producer.op == "call_module":
-        assert owner is not None
-        modules = owner.get_submodule(str(node.target)), owner.get_submodule(str(producer.target))
-        return pairs.obstacle(*modules) or (
-            None
-            if len(producer.args) == 1 and not producer.kwargs
-            else "the convolution is called with more than its input"
-        )
     return _shape_obstacle(node, producer, rectifier) or _argument_obstacle(node, producer, rectifier)
 
 
@@ -177,22 +133,11 @@ def _rule(node: fx.Node, rectifier: str) -> str:
     return "leaky_relu" if evaluating else rectifier
 
 
-def _fuse_functions(graph: fx.Graph, producer: fx.Node, node: fx.Node, linear_map: str, rectifier: str) -> None:
+def _fuse(graph: fx.Graph, producer: fx.Node, node: fx.Node, linear_map: str, rectifier: str) -> None:
     function = getattr(functional, f"{linear_map}_{rectifier}")
     kwargs = {**producer.kwargs, **_rectifier_arguments(node, rectifier)}
     with graph.inserting_before(producer):
         fused = graph.call_function(function, producer.args, kwargs)
-    _put(graph, fused, node, producer)
-
-
-def _fuse_modules(graph: fx.Graph, producer: fx.Node, node: fx.Node) -> None:
-    with graph.inserting_before(producer):
-        activation, linear_map = graph.get_attr(str(node.target)), graph.get_attr(str(producer.target))
-        fused = graph.call_function(pairs.call_pair, (activation, linear_map, *producer.args))
-    _put(graph, fused, node, producer)
-
-
-def _put(graph: fx.Graph, fused: fx.Node, node: fx.Node, producer: fx.Node) -> None:
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)

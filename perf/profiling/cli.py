@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from . import cases, records, report
 from .cases import PARTS
 from .compare import Comparison, compare
 from .measure import Case
+from .named import UserError, users_code
 from .peers import ALL_SITES, BASES, COPY, FUSED, FUSED_COMPILED, LAYOUTS, MODES, load_model
 from .scaling import AXES
 from .workloads import RECTIFIERS, WORKLOADS
@@ -173,7 +176,12 @@ def _check_model(options: argparse.Namespace) -> None:
     from fused_rect import fusion
 
     shape = list(options.shape) if options.shape else None
-    model, _ = load_model(options.model, shape, options.dtype[0], options.device)
+    model, inputs = load_model(options.model, shape, options.dtype[0], options.device)
+    try:
+        with users_code(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            fusion.fuse(model)(*inputs)
+    except UserError:
+        return  # the runs to be timed say it
     sites = fusion.report(model)
     print(f"{sum(site.fused for site in sites)} of {len(sites)} sites of {records.shown(options.model)} are fused")
     for site in sites:

@@ -40,19 +40,30 @@ def test_normalized_weights(law):
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
-def test_hooks_on_either_module_still_fire(which, kind):
-    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).double()), image()
-    assert fused_calls(model, x) == 1
-    seen = []
-    hook = getattr(model[which], f"register_{kind}_hook")(lambda *args: seen.append(len(args)) or None)
-    assert fused_calls(model, x) == 0
-    (site,) = fusion.report(model)
-    assert not site.fused and "hooks" in site.reason
-    seen.clear()
-    model(x).sum().backward()
-    assert len(seen) == 1
-    hook.remove()
-    assert fused_calls(model, x) == 1 and fusion.report(model)[0].fused
+def test_hooks_on_either_module_fire_and_may_change_what_they_see(which, kind):
+    """A hook of another sees what it saw, before fuse() or after it, and the pair is fused where it only looks."""
+    for late in (False, True):
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).double(), image()
+        fr.fuse(model) if late else None
+        seen = []
+        getattr(model[which], f"register_{kind}_hook")(lambda m, *args, seen=seen: seen.append(args[-1]))
+        fr.fuse(model)
+        model(x).sum().backward()
+        assert len(seen) == 1
+        changed = copy.deepcopy(model)
+        changed[0].register_forward_hook(lambda m, args, output: output - 0.5)
+        plain = fr.unfuse(copy.deepcopy(changed))
+        torch.testing.assert_close(changed(x), plain(x))
+
+
+def test_a_hook_that_keeps_the_output_keeps_its_values():
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), []
+    model[0].register_forward_hook(lambda m, args, output: seen.append(output))
+    x = torch.randn(1, 3, 4, 4)
+    expected = nn.functional.conv2d(x, model[0].weight, model[0].bias)
+    assert fused_calls(fr.fuse(model), x) == 1
+    torch.testing.assert_close(seen[0], expected)
+    assert type(seen[0]) is torch.Tensor and seen[0].min() < 0
 
 
 def test_a_hook_on_the_container_fires_and_sees_the_fused_output():
@@ -82,9 +93,9 @@ def test_batchnorm_is_folded_on_request_in_evaluation_mode(affine, bias):
         model(x)
     model.eval()
     expected = value_and_gradients(model, x)
+    assert fused_calls(fr.fuse(model), x) == 0
     (left,) = fusion.report(model)
     assert not left.fused and "fold_batchnorm" in left.reason
-    assert fused_calls(fr.fuse(model), x) == 0
     assert fused_calls(fr.fuse(model, fold_batchnorm=True), x) == 1
     assert fusion.report(model)[0].fused
     assert_same(model, x, expected)
@@ -92,3 +103,39 @@ def test_batchnorm_is_folded_on_request_in_evaluation_mode(affine, bias):
     before = norm.running_mean.clone()
     model.train()
     assert fused_calls(model, x) == 0 and not torch.equal(norm.running_mean, before)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A rectifier inside the norm, as timm's BatchNormAct2d."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm_dtype", [None, torch.float32])
+def test_batchnorm_of_another_dtype_and_inside_other_modules(dtype, norm_dtype):
+    for tail in (
+        [nn.BatchNorm2d(4), nn.ReLU()],
+        [NormAct(4)],
+        [nn.Sequential(nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU())],
+    ):
+        model, x = (
+            nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), *tail).to(dtype).eval(),
+            torch.randn(1, 3, 8, 8).to(dtype),
+        )
+        for module in model.modules():
+            if norm_dtype is not None and dtype is not torch.float64 and isinstance(module, nn.BatchNorm2d):
+                module.to(norm_dtype)
+        with torch.no_grad():
+            expected = model(x)
+            assert fused_calls(fr.fuse(model, fold_batchnorm=True), x) == 1
+            got = model(x)
+        assert got.dtype is expected.dtype and torch.equal(got, expected)

@@ -1,4 +1,4 @@
-"""fuse on the ways in which people write a forward: each is fused, or left and reported, and computes the same."""
+"""fuse on the ways in which people write a forward: each is fused, and computes the same."""
 
 import copy
 import functools
@@ -134,44 +134,6 @@ class OwnReLU(nn.ReLU):
     pass
 
 
-FUSED = {
-    InPlaceFunction: 1,
-    Method: 1,
-    FunctionAttribute: 1,
-    TwoNames: 1,
-    Dictionary: 1,
-    Private: 1,
-    OutputSize: 1,
-    Circular: 1,
-    Chain: 1,
-    Zipped: 2,
-    Keyword: 1,
-    OtherName: 1,
-    ByName: 3,
-    functools.partial(nn.Sequential, nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))): 1,
-    functools.partial(nn.Sequential, nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), nn.ReLU()): 1,
-    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Sequential(), nn.Sequential(nn.ReLU())): 1,
-    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Conv2d(3, 3, 1), nn.ReLU()): 2,
-    functools.partial(Subclassed, nn.Conv2d(3, 3, 1), OwnReLU()): 1,
-}
-
-
-def converted(make):
-    torch.manual_seed(0)
-    model, x = make().double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    expected = copy.deepcopy(model)(x)
-    fr.fuse(model)
-    calls = fused_calls(model, x)
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-    return calls, fusion.report(model)
-
-
-@pytest.mark.parametrize("make", FUSED)
-def test_it_is_fused(make):
-    calls, report = converted(make)
-    assert calls == FUSED[make] and all(site.fused for site in report) and report, [str(s) for s in report]
-
-
 class Helper(Base):
     def features(self, x):
         return self.conv(x)
@@ -220,9 +182,131 @@ class OwnFunction(Base):
         return self.function(self.conv(x))
 
 
-def test_a_function_of_the_users_is_left_and_reported():
-    calls, (site,) = converted(OwnFunction)
-    assert calls == 0 and not site.fused and "function of yours" in site.reason and site.rectifier == "self.function"
+class Between(Base):
+    """`nn.Identity`, a branch, an annotation and other statements between."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Identity()
+
+    def forward(self, x):
+        y: torch.Tensor = self.conv(x)
+        x = x[:, :, 1:-1]
+        if self.training:
+            y = self.norm(y)
+        n, c = y.shape[:2]
+        assert y.is_floating_point() and n
+        y = self.act(y) * c
+        return y.sum() + x.sum()
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Border(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv = Wrapped()
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+class LoopTop(Base):
+    def __init__(self):
+        super().__init__()
+        self.ups = nn.ModuleList([nn.Conv2d(3, 3, 1)] * 2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        for up in self.ups:
+            x = up(F.leaky_relu(x, 0.1))
+        return x
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)])
+
+    def forward(self, x):
+        for i in range(len(self.body)):
+            x = self.body[i](x)
+        return x
+
+
+class Functions(Base):
+    def forward(self, x):
+        x = F.prelu(self.conv(x), x.new_full((1,), 0.2))
+        return torch.rrelu(self.conv(F.rrelu(self.conv(x), 0.2, 0.3)), 0.1, 0.1, True)
+
+
+class Alone(Base):
+    """The bias stands apart: no pair of a map and a rectifier."""
+
+    def forward(self, x):
+        return self.act(self.conv(x) + 1)
+
+
+FUSED = {
+    Helper: 1,
+    ReadTwice: 1,
+    Global: 1,
+    Decorated: 1,
+    OwnFunction: 1,
+    Between: 1,
+    Border: 1,
+    LoopTop: 2,
+    Body: 2,
+    Functions: 3,
+    functools.partial(nn.Sequential, Standardized(3, 3, 1), nn.ReLU()): 1,
+    functools.partial(nn.Sequential, nn.Conv2d(3, 3, 1), nn.Dropout(0.0), nn.Identity(), nn.ReLU()): 1,
+    InPlaceFunction: 1,
+    Method: 1,
+    FunctionAttribute: 1,
+    TwoNames: 1,
+    Dictionary: 1,
+    Private: 1,
+    OutputSize: 1,
+    Circular: 1,
+    Chain: 1,
+    Zipped: 2,
+    Keyword: 1,
+    OtherName: 1,
+    ByName: 3,
+    functools.partial(nn.Sequential, nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), nn.ReLU()): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Sequential(), nn.Sequential(nn.ReLU())): 1,
+    functools.partial(nn.Sequential, nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Conv2d(3, 3, 1), nn.ReLU()): 2,
+    functools.partial(Subclassed, nn.Conv2d(3, 3, 1), OwnReLU()): 1,
+}
+
+
+def converted(make):
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    fr.fuse(model)
+    calls = fused_calls(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    return calls, fusion.report(model)
+
+
+@pytest.mark.parametrize("make", FUSED)
+def test_it_is_fused(make):
+    calls, report = converted(make)
+    assert calls == FUSED[make] and all(site.fused for site in report) and report, [str(s) for s in report]
 
 
 def test_a_rectifier_shared_in_a_sequential_is_reported_wherever_it_stands():
@@ -238,31 +322,25 @@ def test_a_hook_on_a_sequential_inside_is_honoured():
     x = torch.randn(1, 3, 4, 4)
     assert fused_calls(model, x) == 0 and fusion.report(model) == [] and seen[0] < 0
     hook.remove()
-    fr.fuse(model)
     assert fused_calls(model, x) == 1 and [site.where for site in fusion.report(model)] == ["0.0"]
 
 
-LEFT = {Helper: "helper", ReadTwice: "read twice", Global: "read twice", Decorated: "source of its forward"}
-
-
-@pytest.mark.parametrize("make", LEFT)
-def test_it_is_left_and_reported(make):
-    calls, (site,) = converted(make)
-    assert calls == 0 and not site.fused and LEFT[make] in site.reason
-    assert (site.linear_map, site.rectifier) == ("conv", "act") and str(site).startswith("model: ")
+def test_what_is_no_pair_is_left_and_not_reported():
+    calls, report = converted(Alone)
+    assert calls == 0 and report == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_scripted_model_is_left_and_reported():
-    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
-    assert fr.fuse(model) is model
-    (site,) = fusion.report(model)
-    assert not site.fused and "before torch.jit.script" in site.reason
-
-
-def test_the_backend_sees_through_what_fuse_leaves():
-    from fused_rect.compile import explain
-
-    for make in (Helper, Decorated):
-        report = explain(make(), torch.randn(2, 3, 6, 6), options={"fused_rect.sites": "all"})
-        assert [site.fused for site in report] == [True], str(report)
+def test_torchscript_is_reported_and_refuses_a_fused_model():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.PReLU()), torch.randn(1, 3, 4, 4)
+    scripted = torch.jit.script(model)
+    assert fr.fuse(scripted) is scripted
+    (site,) = fusion.report(scripted)
+    assert not site.fused and "TorchScript" in site.reason and site.rectifier == "prelu"
+    fr.fuse(model)
+    with pytest.raises(RuntimeError, match="unfuse"):
+        torch.jit.script(model)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x))
+    assert "prelu" in str(traced.inlined_graph)
+    torch.testing.assert_close(torch.jit.script(fr.unfuse(model))(x), traced(x))

@@ -1,0 +1,96 @@
+"""Whether the call that reads a tensor is the last that can: then a rectifier may write over it.
+
+A tensor is held by the frames between its reader and the caller of the rectifier, as many references as are counted
+once for each way to spell one; and by a variable of that caller, if the call's result goes into the same variable
+(`x = self.act(x)`, the loop of a Sequential) or out of the function (`return self.act(x)`). Anything beyond counts as
+somebody who reads it later.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..internals import CALLS
+
+_QUIET = ("PRECALL", "KW_NAMES", "CACHE", "PUSH_NULL")
+_CALLS = ("CALL", "CALL_KW", "CALL_FUNCTION_EX")
+
+
+def is_last_reader(count: int, func: Any, frame: FrameType | None) -> bool:
+    """Whether nothing reads a tensor after the call of ``func`` that reads it now.
+
+    count: references to the tensor as its `__torch_function__` counts them; frame: of the caller of that.
+    """
+    depth, caller = _caller(frame)
+    expected = _expected().get((func, depth), 0)
+    if count == expected:
+        return True
+    return count == expected + 1 and caller is not None and caller.f_lasti in _replacing(caller.f_code)
+
+
+def _caller(frame: FrameType | None) -> tuple[int, FrameType | None]:
+    """Who calls the rectifier, and how many of torch's own frames lie between."""
+    depth = 0
+    while frame is not None and frame.f_code in _BETWEEN:
+        frame, depth = frame.f_back, depth + 1
+    return depth, frame
+
+
+@functools.lru_cache(maxsize=4096)
+def _replacing(code: CodeType) -> frozenset[int]:
+    """The offsets of calls in ``code`` whose first argument is a local variable that ends with the call."""
+    found: set[int] = set()
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _QUIET]
+    for at, call in enumerate(instructions[:-1]):
+        if call.opname not in _CALLS:
+            continue
+        first = at - 1
+        while instructions[first].opname == "LOAD_CONST" and first > 0:
+            first -= 1
+        loaded, after = instructions[first], instructions[at + 1]
+        arguments = at - first
+        if not loaded.opname.startswith("LOAD_FAST") or call.arg != arguments:
+            continue
+        name = _names(loaded)[-1]
+        stored = after.opname.startswith("STORE_FAST") and _names(after)[0] == name
+        if stored or after.opname == "RETURN_VALUE":
+            found.update(range(call.offset, after.offset, 2))  # f_lasti may point into the call's inline cache
+    return frozenset(found)
+
+
+def _names(instruction: dis.Instruction) -> tuple[str, ...]:
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+
+
+_MODULES = (nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.PReLU)
+_FUNCTIONS = (F.relu, F.leaky_relu, F.rrelu)
+_BETWEEN = {f.__code__ for f in (*CALLS, torch.overrides.handle_torch_function)}
+_BETWEEN |= {m.forward.__code__ for m in _MODULES} | {f.__code__ for f in _FUNCTIONS}
+
+
+class _Probe(Tensor):
+    """Counts the references to itself where a `Waiting` does."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        count = sys.getrefcount(first)
+        return func, _caller(sys._getframe(1))[0], count
+
+
+@functools.cache
+def _expected() -> dict[Any, int]:
+    """References to a tensor that nobody but the call holds, by function and frames between."""
+    weight = torch.empty(1)
+    calls = [*(m() for m in _MODULES), *_FUNCTIONS, torch.relu, lambda t: torch.prelu(t, weight)]
+    found = [rectify(torch.empty(0).as_subclass(_Probe)) for rectify in calls]
+    return {(func, depth): count for func, depth, count in found}

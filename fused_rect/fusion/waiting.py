@@ -1,0 +1,232 @@
+"""The output of a map waits for its reader: a rectifier that reads it next, however it is written, is ours.
+
+A hook on each map gives the map's output the class :class:`Waiting`. It stays the tensor that it was (the same object,
+values and history), so whatever does not know the class sees nothing new; the first torch function that reads it makes
+it an ordinary tensor again, and runs as ours where it is a rectifier. No source is read and nothing is traced:
+branches, loops, helpers, wrappers and `nn.Identity` are all the same to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..internals import jit_tracing, transforms_active, without_subclasses
+from ..ops.checks import FLOATING
+from .holders import is_last_reader
+from .twins import TWINS, Twin, rectify
+
+# A map whose output no rectifier has read in so many calls of its mode (training or not) is not asked again.
+TRIES = 3
+_LOOKS = (torch.Size, int, bool, torch.dtype, torch.device, torch.layout)  # what a call returns that reads no values
+_OURS = (ops.rectify, ops.rectify_, ops.rectify_bits, ops.rectify_bits_)
+
+
+class Output(NamedTuple):
+    """What a tensor that waits is."""
+
+    reader: Reader
+    fresh: bool  # nobody holds its memory but by this tensor, nor keeps it for backward
+    norm: str = ""  # of a BatchNorm's output, "training" or "evaluation"
+
+
+def wait(tensor: Tensor, output: Output) -> None:
+    handler = getattr(sys.modules.get("torch._dynamo"), "callback_handler", None)
+    if handler is not None and _before_compiling not in handler.start_callbacks:  # torch._dynamo.reset() clears them
+        handler.register_start_callback(_before_compiling)
+    tensor._fused_rect = output  # type: ignore[attr-defined]
+    tensor.__class__ = Waiting
+    _thread.unread.append(weakref.ref(tensor))
+
+
+def release(tensor: Tensor) -> Output:
+    tensor.__class__ = Tensor
+    found: Output = tensor.__dict__.pop("_fused_rect")
+    return found
+
+
+class _Thread(threading.local):
+    """What waits in a thread; bounded, since a part of a model may be called without the model."""
+
+    def __init__(self) -> None:
+        self.unread: deque[weakref.ref[Tensor]] = deque(maxlen=1024)
+
+
+_thread = _Thread()
+
+
+def release_unread() -> list[Reader]:
+    """Nothing waits any more in this thread; the readers of what did."""
+    found = []
+    unread = _thread.unread
+    while unread:
+        tensor = unread.pop()()
+        if type(tensor) is Waiting:
+            found.append(release(tensor).reader)
+    return found
+
+
+def _before_compiling(_: Any) -> None:
+    """Dynamo starts on a frame, such as a compiled part of a fused model: it is to see ordinary tensors.
+
+    Code compiled for those is not run for a tensor of another class, but compiled anew: such a map's output soon
+    waits no more.
+    """
+    for reader in release_unread():
+        reader.compiled += 1
+
+
+# ---- the reader ----
+
+
+class Waiting(Tensor):
+    """See the module. An instance is a `torch.Tensor` before and after; nothing constructs one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            with without_subclasses():
+                return func(*args, **kwargs)
+        first = args[0] if args else kwargs.get("input")
+        if type(first) is not Waiting:
+            _release_all(args, kwargs)
+            return func(*args, **kwargs)
+        twin = TWINS.get(func)
+        if twin is not None:
+            last = is_last_reader(sys.getrefcount(first), func, sys._getframe(1))
+            return _rectified(twin, release(first), last, func, args, kwargs)
+        found = release(first)
+        version = first._version
+        result = func(*args, **kwargs)
+        if isinstance(result, _LOOKS) or (result is first and first._version == version):
+            wait(first, found)
+        elif func is F.batch_norm and not found.norm and _is_ordinary(result):
+            wait(result, Output(found.reader, True, "training" if _trains(*args, **kwargs) else "evaluation"))
+        elif func in _OURS:
+            found.reader.fused.add(str(args[4]))
+        return result
+
+
+def _release_all(*found: Any) -> None:
+    """Whatever waits deeper in the arguments: `torch.cat([a, b])`."""
+    for value in found:
+        if type(value) is Waiting:
+            release(value)
+        elif isinstance(value, (tuple, list)):
+            _release_all(*value)
+        elif isinstance(value, dict):
+            _release_all(*value.values())
+
+
+def _trains(input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+            training: bool = False, *_: Any, **__: Any) -> bool:  # fmt: skip
+    return training
+
+
+def _rectified(twin: Twin, output: Output, last: bool, func: Any, args: Any, kwargs: Any) -> Any:
+    reader, fresh, norm = output
+    if norm and not (reader.fold and norm == "evaluation"):
+        reader.left[twin.name] = (
+            "a BatchNorm stands between; fuse(model, fold_batchnorm=True) takes it along in evaluation"
+            if norm == "evaluation"
+            else "a BatchNorm in training stands between"
+        )
+        return func(*args, **kwargs)
+    try:
+        call = twin.call(*args, **kwargs)
+    except TypeError:  # arguments that torch's function takes beyond these, or refuses
+        call = None
+    if call is None:
+        reader.left[twin.name] = "its arguments are not those that the fused kernels take"
+        return func(*args, **kwargs)
+    reader.fused.add(twin.name)
+    return rectify(call, last and fresh)
+
+
+# ---- the hooks ----
+
+
+class Hook:
+    """What :func:`fuse` adds to a module, by its class to be told from others' hooks."""
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by torch.jit.script alone, which would compile the hook."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a model while it is fused: call fused_rect.unfuse(model) first, "
+            "or torch.jit.trace, which records torch's own operations"
+        )
+
+
+class Reader(Hook):
+    """The forward hook of one map, and what is known of who reads its output: rectifiers by name, or why not ours."""
+
+    def __init__(self, fold_batchnorm: bool) -> None:
+        self.fold = fold_batchnorm
+        self.fused: set[str] = set()
+        self.left: dict[str, str] = {}
+        self.tries = [0, 0]
+        self.compiled = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or self.compiled == TRIES or not _is_ordinary(output):
+            return
+        if not self.fused:  # once a rectifier was seen it waits for good, so that checkpointed calls repeat themselves
+            if self.tries[module.training] == TRIES:
+                return
+            self.tries[module.training] += 1
+        wait(output, Output(self, _is_torchs_own(module)))
+
+
+class Leave(Hook):
+    """The forward hook of a fused model: what nobody read leaves it as an ordinary tensor."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            release_unread()
+
+
+def _is_ordinary(output: Any) -> bool:
+    """Whether ``output`` is a dense tensor that our ops take as torch's do, with no transform that would see the op."""
+    return (
+        type(output) is Tensor
+        and output.dtype in FLOATING
+        and output.layout is torch.strided
+        and _is_dense(output)
+        and not output.is_nested
+        and not output.is_meta
+        and not jit_tracing()
+        and not transforms_active()
+    )
+
+
+def _is_dense(output: Tensor) -> bool:
+    if output.is_contiguous():
+        return True
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(output.dim())
+    return channels_last is not None and output.is_contiguous(memory_format=channels_last)
+
+
+def _is_torchs_own(module: Any) -> bool:
+    """Whether the map's output is new: what runs is torch's own forward, and nobody else was handed the output."""
+    own = module.__dict__
+    return (
+        type(module).forward in _FORWARDS
+        and getattr(type(module), "_conv_forward", None) in _CONV_FORWARDS
+        and not ("forward" in own or "_conv_forward" in own)
+        and len(module._forward_hooks) == 1
+    )
+
+
+MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = {m.forward for m in MAPS}
+_CONV_FORWARDS = {getattr(m, "_conv_forward", None) for m in MAPS}

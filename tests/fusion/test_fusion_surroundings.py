@@ -1,0 +1,404 @@
+"""A fused model beside what else is done to models: other tensors, other classes, compilers, checkpoints, shards."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import Attributes, fused_calls, sequential
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import fused_rect as fr
+from fused_rect import fusion
+
+
+def jagged():
+    return torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning", "ignore:.*Sparse.*:UserWarning")
+@pytest.mark.parametrize(
+    ("layers", "make"),
+    [
+        ((nn.Linear(4, 3), nn.ReLU()), jagged),
+        ((nn.Linear(4, 3), nn.ReLU()), nested),
+        ((nn.Linear(4, 3), nn.ReLU()), lambda: torch.eye(4).to_sparse_csr()),
+        ((nn.Conv2d(4, 3, 1), nn.ReLU()), lambda: torch.randn(1, 4, 5, 5).to_mkldnn()),
+        ((nn.Conv2d(4, 3, 1), nn.ReLU()), lambda: torch.randn(4, 5, 5)),
+        ((nn.Conv2d(4, 3, 1), nn.ReLU()), lambda: torch.randn(0, 4, 5, 5)),
+        (
+            (nn.Conv2d(4, 3, 1), nn.LeakyReLU(0.1)),
+            lambda: torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last),
+        ),
+        ((nn.Linear(4, 3, dtype=torch.complex64), nn.Tanh()), lambda: torch.randn(2, 4, dtype=torch.complex64)),
+        ((nn.Linear(4, 3), nn.ReLU()), lambda: torch.randn(4, device="meta")),
+    ],
+    ids=["jagged", "nested", "csr", "mkldnn", "unbatched", "empty", "channels_last", "complex", "meta"],
+)
+def test_tensors_that_torch_takes(layers, make):
+    model, x = nn.Sequential(*copy.deepcopy(layers)), make()
+    if x.layout is torch._mkldnn:
+        for name, parameter in list(model[0].named_parameters()):
+            setattr(model[0], name, nn.Parameter(parameter.detach().to_mkldnn(), requires_grad=False))
+    model = model.to(x.device)
+    fused = fr.fuse(nn.Sequential(*model))
+    with torch.no_grad():
+        for _ in range(2):
+            a, b = fused(x), model(x)
+            assert (type(a), a.dtype, a.layout, a.device) == (type(b), b.dtype, b.layout, b.device)
+    if x.device.type != "meta" and x.layout is torch.strided and not x.is_nested:
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("features", [(0, 3), (3, 0)])
+def test_linear_maps_without_features(features):
+    model, x = nn.Sequential(nn.Linear(*features), nn.ReLU()), torch.randn(2, features[0], requires_grad=True)
+    expected = model(x)
+    torch.testing.assert_close(fr.fuse(model)(x), expected)
+    model(x).sum().backward()
+
+
+# ---- classes ----
+
+
+class Slotted(nn.Module):
+    __slots__ = ("extra",)
+
+    def __init_subclass__(cls, *, needed, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+@dataclasses.dataclass
+class Act:
+    slope: float = 0.2
+
+    def __call__(self, x):
+        return F.leaky_relu(x, self.slope)
+
+
+class Derived(Slotted, needed=True):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.g = nn.Conv2d(3, 3, 1), Act(), nn.Parameter(torch.ones(1))
+
+    @property
+    def ready(self):
+        raise RuntimeError("call setup() first")
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not to be copied")
+
+    def forward(self, x):
+        return self.act(self.conv(x)) * self.g
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_classes_that_cannot_be_derived_from_and_parametrizations_made_between():
+    model, x = Derived(), torch.randn(1, 3, 4, 4)
+    y = model(x)
+    fr.fuse(model)
+    assert fused_calls(model, x) == 1 and len(fusion.report(model)) == 1
+    torch.testing.assert_close(model(x), y)
+    nn.utils.parametrize.register_parametrization(model.conv, "weight", Double())
+    assert fused_calls(model, x) == 1
+    expected = model(x)
+    torch.testing.assert_close(fr.unfuse(model)(x), expected)
+    assert nn.utils.parametrize.is_parametrized(model.conv) and fused_calls(model, x) == 0
+
+
+class Scaled(nn.Conv2d):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Half(nn.Sequential):
+    def __call__(self, x):
+        return super().__call__(x) * 0.5
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(self._modules.values()))
+
+
+def test_overridden_calls_iteration_and_methods():
+    conv = functools.partial(nn.Conv2d, 3, 3, 1)
+    patched = nn.Sequential(conv(), nn.ReLU())
+    patched[0]._conv_forward = lambda x, weight, bias: x
+    x, rest = torch.randn(1, 3, 4, 4), (conv(), nn.ReLU())
+    for model in (
+        nn.Sequential(Scaled(3, 3, 1), nn.ReLU()),
+        nn.Sequential(nn.Tanh(), Half(conv(), nn.ReLU()), *rest),
+        Reversed(nn.ReLU(), conv(), nn.ReLU(), nn.Tanh()),
+        patched,
+    ):
+        expected, before = model(x), x.clone()
+        torch.testing.assert_close(fr.fuse(model)(x), expected)
+        torch.testing.assert_close(model(x), expected)
+        assert torch.equal(x, before)
+
+
+def test_shallow_copies_run_their_own_parameters():
+    """As DataParallel's replicas are made."""
+    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), torch.randn(1, 3, 4, 4)
+    replica = model._replicate_for_data_parallel()
+    conv = model[0]._replicate_for_data_parallel()
+    conv._former_parameters = {}
+    conv.weight, conv.bias = torch.zeros(3, 3, 1, 1), torch.ones(3)
+    replica._modules["0"] = conv
+    assert fused_calls(replica, x) == 1 and torch.equal(replica(x), torch.ones(1, 3, 4, 4))
+
+
+def test_a_wrapped_forward_as_accelerate_makes_it():
+    model, x = fr.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), torch.randn(1, 3, 4, 4)
+    old = model[0].forward
+    model[0].forward = lambda x: old(x + 1)
+    expected = F.relu(old(x + 1))
+    torch.testing.assert_close(model(x), expected)
+    assert fused_calls(model, x) == 1
+    torch.testing.assert_close(fr.unfuse(model)(x), expected)
+
+
+# ---- who reads ----
+
+
+class Kept(nn.Module):
+    """Whoever holds an output keeps its values, and what leaves the model is an ordinary tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x, how):
+        z = self.conv(x)
+        if how == "attribute":
+            self.kept = z
+            z = self.act(z)
+            return z, self.kept
+        if how == "list":
+            kept = [z]
+            z = self.act(kept[0])
+            return z, kept[0]
+        if how == "view":
+            kept = z[:, 1:]
+            z = self.act(z)
+            return z, kept
+        if how == "closure":
+            return self.act(z), (lambda: z)()
+        if how == "unread":
+            return z, {"z": [z]}["z"][0]
+        if how == "no_grad":
+            with torch.no_grad():
+                z = self.act(z)
+            return z, z
+        z = self.act(z)
+        return z, z
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "view", "closure", "unread", "no_grad", "over"])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_that_somebody_holds(how, training):
+    model, x = Kept(), torch.randn(2, 3, 4, 4)
+    plain = copy.deepcopy(model)
+    fr.fuse(model)
+    for _ in range(5):
+        with torch.set_grad_enabled(training):
+            got, expected = model(x, how), plain(x, how)
+        for a, b in zip(got, expected):
+            assert type(a) is torch.Tensor and a.requires_grad == b.requires_grad
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+class Statements(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.LeakyReLU(0.1)
+
+    def forward(self, x, same):
+        x = self.conv(x)
+        before = id(x)
+        x = self.act(x)
+        same.append(id(x) == before)
+        x = self.conv(x)
+        before = id(x)
+        x = F.leaky_relu(x, 0.2)
+        same.append(id(x) == before)
+        z = self.conv(x)
+        y = self.act(z)
+        same.append(y is z)
+        x = self.conv(x)
+        kept = [x]
+        x = self.act(x)
+        same.append(x is kept[0])
+        return y + z
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
+    """The object is the same where memory is; what another variable, container or hook holds keeps its values."""
+    same, x = [], torch.randn(2, 3, 6, 6)
+    model = fr.fuse(Statements())
+    with torch.set_grad_enabled(grad):
+        model(x, same)
+    assert same == [True, True, False, False]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU())
+    seen = []
+    fr.fuse(model)
+    model[2].register_forward_pre_hook(lambda m, args: seen.append(args[0].data_ptr()))
+    model[0].register_forward_hook(lambda m, args, output: seen.append(output.data_ptr()))
+    with torch.set_grad_enabled(grad):
+        model(x)
+    assert seen[0] != seen[1]
+
+
+class Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2 + 0 * ctx.saved_tensors[0]
+
+
+class Below(nn.Module):
+    """A reader that no torch function announces, in the one call or the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, below):
+        z = self.conv(x)
+        return F.relu(Through.apply(z) if below else z)
+
+
+@pytest.mark.parametrize("order", [(True, False, False, True), (False, True, True, False)])
+def test_autograd_functions_read_true_values_and_lose_no_gradient(order):
+    model = Below().double()
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    fr.fuse(model)
+    for below in order:
+        results = []
+        for m in (model, plain):
+            m.zero_grad()
+            y = m(x, below)
+            y.square().sum().backward()
+            results.append([y, *(p.grad for p in m.parameters())])
+        torch.testing.assert_close(*results)
+
+
+# ---- compilers, checkpoints, shards ----
+
+
+class Regional(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.LeakyReLU(0.1)
+        self.block = torch.compile(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1)), backend="aot_eager", **options)
+        self.function = torch.compile(
+            lambda x: F.conv2d(F.relu(x), x.new_ones(3, 3, 1, 1)), backend="aot_eager", **options
+        )
+
+    def forward(self, x):
+        x = self.block(self.conv(x))
+        x = self.act(self.conv(x))
+        return self.function(self.conv(x))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_parts_see_ordinary_tensors_and_compile_no_more_than_before(fullgraph):
+    torch._dynamo.reset()
+    model, x = Regional(fullgraph=fullgraph), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    torch._dynamo.reset()
+    fr.fuse(model)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_export_and_function_transforms_see_torchs_own_operations():
+    model, x = Attributes().eval(), torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    fr.fuse(model)(x)
+    for strict in (False, True):
+        program = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), expected)
+        assert "fused_rect" not in str(program.graph)
+    parameters = dict(model.named_parameters())
+    call = functools.partial(torch.func.functional_call, model, parameters)
+    torch.testing.assert_close(torch.func.vmap(lambda i: call((i[None],))[0])(x), expected)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_selective_checkpoints_keep_what_convolutions_returned(inplace):
+    convolution = torch.ops.aten.convolution.default
+    must, prefer = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, lambda ctx, op, *_, **__: must if op is convolution else prefer
+    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2, inplace=inplace), nn.Conv2d(4, 2, 3))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def gradients(model):
+        y = checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum()
+        return torch.autograd.grad(y, [x, *model.parameters()])
+
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    torch.testing.assert_close(gradients(fr.fuse(model)), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_run_the_same_twice(reentrant):
+    model, x = fr.fuse(nn.Sequential(sequential(), nn.Conv2d(4, 3, 1), Attributes())), torch.randn(1, 3, 5, 5)
+    x.requires_grad_()
+    for _ in range(5):
+        expected = torch.autograd.grad(model(x).sum(), x)
+        y = checkpoint(model, x, use_reentrant=reentrant).sum()
+        y.backward() if reentrant else None
+        got = (x.grad,) if reentrant else torch.autograd.grad(y, x)
+        torch.testing.assert_close(got, expected)
+        x.grad = None
+
+
+@pytest.fixture
+def group(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_after_or_before_fusing(group):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    x = torch.randn(1, 3, 8, 8)
+    for first in ("fuse", "shard"):
+        model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())
+        expected = model(x)
+        for step in (first, *({"fuse", "shard"} - {first})):
+            fr.fuse(model) if step == "fuse" else fully_shard(model, mesh=mesh)
+        torch.testing.assert_close(model(x), expected)
+        model(x).sum().backward()
+        model[:1]
+        assert hasattr(fr.unfuse(model), "unshard")
+        torch.testing.assert_close(model(x), expected)
