@@ -81,8 +81,9 @@ def _first_failure(folder: Path, tests: list[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-rfE", *OPTIONS]
     try:
         done = subprocess.run(
-            [*command, *tests], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
-        )
+            [*command, *tests], cwd=folder, env=environment, capture_output=True, text=True, errors="replace",
+            timeout=LIMIT,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"the limit of {LIMIT} s"
     if done.returncode == 0:
