@@ -270,7 +270,7 @@ MUTANTS = [
     Mutant(NATIVE, "the first group of rows alone", "o < groups * columns; o += period", "o < columns; o += period"),
     Mutant(NATIVE, "the next channel", "k = plane % c.channels;", "k = (plane + 1) % c.channels;"),
     Mutant(NATIVE, "the first counters again", "(uint64_t)(from + done + i) / 4", "(uint64_t)(done + i) / 4"),
-    Mutant(NATIVE, "the divisor as a slope", "to[i] = 1 / to[i]", "to[i] = to[i]"),
+    Mutant(NATIVE, "the divisor as a slope", "divisor ? 1 / drawn : drawn", "drawn"),
     Mutant(NATIVE, "16 rows summed in float32", "constexpr int deep = 8; ", "constexpr int deep = 80; "),
     Mutant(
         NATIVE, "bits: vectors in the other order", "Sides::bits(m) << n * W;", "Sides::bits(m) << (N - 1 - n) * W;"
@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant(NATIVE, "bits: the former segment's lost", "if (shift) words[0] |= *bits;", ""),
     Mutant(NATIVE, "bits: stale ones of rows", "std::memset(c.bits, 0, ", "std::memset(c.bits, 0, 0 * "),
     Mutant(NATIVE, "bits: read without their shift", "words[i] >> shift | words[i + 1] << (64 - shift);", "words[i];"),
-    Mutant(NATIVE, "the sides of the kept input's neighbour", "{value, nullptr, y, to,", "{value + 1, nullptr, y, to,"),
+    Mutant(NATIVE, "the sides of the kept input's neighbour", "run({value, nullptr, y,", "run({value + 1, nullptr, y,"),
     # ---- the ops in C++
     Mutant(DIRECT, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),
     Mutant(DIRECT, "negated parameters as they lie", "  return plain(parameter) && ", "  return "),
@@ -297,7 +297,9 @@ MUTANTS = [
     Mutant(DIRECT, "no zeros of second order", "anchor.defined() && at::GradMode", "false && at::GradMode"),
     Mutant(DIRECT, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
     Mutant(DIRECT, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
-    Mutant(DIRECT, "a leaf overwritten", " || (input.is_leaf() && input.requires_grad())", ""),
+    Mutant(
+        DIRECT, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"
+    ),
     Mutant(DIRECT, "another seed than the one given", "seed_ || !rule.random() ?", "!rule.random() ?"),
     # ---- the eager path
     Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(~negative, 0)", "masked_fill_(negative, 0)"),

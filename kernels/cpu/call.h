@@ -10,7 +10,7 @@ enum Status { done, no_memory };
 struct Call {
   const void *value, *grad;  // conv output (in backward: null where bits are read instead); grad is null in forward
   void *out;                 // may be value or grad
-  uint8_t *bits;             // which side each element is on, made by forward and read by backward; bit i % 8 of byte i / 8
+  uint8_t *bits;             // which side each element is on, bit i % 8 of byte i / 8: forward writes, backward reads
   const void *bias, *weight;
   const int64_t *seed;
   void *bias_sum, *weight_sum;

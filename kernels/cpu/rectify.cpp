@@ -1,11 +1,15 @@
 // Bias + rectifier, forward and backward, for CPU tensors: the mathematics of ../rectify.py in one compact source.
-// Plain C++17 with GCC / Clang vector extensions and no torch header (those cost 11 to 44 s to compile), built at first use by build.py.
+// Plain C++17 with GCC / Clang vector extensions and no torch header (those cost 11 to 44 s to compile), built at
+// first use by build.py.
 //
-// A tensor is a dense run of n elements; the channel of memory position p is (p / inner) % channels. Two walks cover every layout:
-//   planes  inner is large, or there are no channels: pieces of one plane, bias and slope are scalars, one partial sum a piece;
-//   rows    inner is small (channels_last, linear, 7 x 7): rows of whole periods, bias and slope are vectors, partial sums a column.
-// Both cut the tensor by its shape alone and add partial sums in a fixed order, so results don't depend on the number of threads, and
-// no two threads write one byte of the bits: their shares begin at multiples of 8 positions.
+// A tensor is a dense run of n elements; the channel of memory position p is (p / inner) % channels. Two walks cover
+// every layout:
+//   planes  inner is large, or there are no channels: pieces of one plane, bias and slope are numbers, one partial sum
+//           a piece;
+//   rows    inner is small (channels_last, linear, 7 x 7): rows of whole periods, bias and slope are vectors, partial
+//           sums a column.
+// Both cut the tensor by its shape alone and add partial sums in a fixed order, so results don't depend on the number
+// of threads, and no two threads write one byte of the bits, but for the strips of wide rows, which say so.
 // Compile with -ffp-contract=off: float32 equals eager bit for bit, and the sums are those of the products stored.
 #include <algorithm>
 #include <cmath>
@@ -108,7 +112,7 @@ template <> struct Element<fp16> : Short {
   static void write(fp16 *p, V v) {
     U u = (U)v, sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
     U normal = (m + 0xfff + ((m >> 13) & 1) - (112u << 23)) >> 13;  // nearest even on the 13 bits that go
-    U small = (U)((V)m + 0.5f) - 0x3f000000;                        // below 2^-14: the adder rounds to multiples of 2^-24
+    U small = (U)((V)m + 0.5f) - 0x3f000000;  // below 2^-14: the adder rounds to multiples of 2^-24
     U r = (m < (113u << 23)) ? small : normal;
     r = (m >= 0x477ff000) ? U{} + 0x7c00 : r;                       // 65520 and above: infinite
     r = (m > 0x7f800000) ? U{} + 0x7e00 : r;
@@ -128,7 +132,8 @@ template <> struct Side<float> {
   static M at_most_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
   static M not_above_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NGT_UQ); }
   static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
-  static V positive_part(V z) { return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }  // z where it is NaN or a zero
+  // z itself where it is NaN or a zero of either sign
+  static V positive_part(V z) { return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }
   static uint64_t bits(M m) { return m; }
   static M of(uint64_t bits) { return (M)bits; }
 };
@@ -170,8 +175,8 @@ template <class A> struct Side {
 };
 #endif
 
-// Bits of a tensor as words of 64 for one segment, and back. The bytes between two segments of one thread belong to both: the former
-// leaves zeros in the latter's place. Little-endian, as are x86-64 and AArch64.
+// Bits of a tensor as words of 64 for one segment, and back. The byte between two segments of one thread belongs to
+// both: the former leaves zeros in the latter's place. Little-endian, as are x86-64 and AArch64.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's bytes are in the order of its bits");
 
 void read_bits(const uint8_t *bits, int64_t position, int64_t count, uint64_t *words) {
@@ -181,7 +186,8 @@ void read_bits(const uint8_t *bits, int64_t position, int64_t count, uint64_t *w
     for (int64_t i = 0; 64 * i < count; i++) words[i] = words[i] >> shift | words[i + 1] << (64 - shift);
 }
 
-// Bits of words from `count` on are zero, and there is room for one word more. `shared`: other threads write the neighbours' bits.
+// Bits of words from `count` on are zero, and there is room for one word more. `shared`: other threads write the
+// neighbours' bits, into bytes that were zero.
 void write_bits(uint8_t *bits, int64_t position, int64_t count, uint64_t *words, bool shared) {
   const int shift = position % 8;
   int64_t bytes = (shift + count + 7) / 8;
@@ -227,7 +233,7 @@ struct Philox {
   explicit Philox(uint64_t seed) {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int r = 0; r < rounds; r++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) key0[r] = u64{} + k0, key1[r] = u64{} + k1;
-    for (int i = 0; i < batch; i++) lanes[i] = (i % 2) * (batch / 2) + i / 2;  // 0 4 1 5 2 6 3 7: two unpacks restore order
+    for (int i = 0; i < batch; i++) lanes[i] = (i % 2) * (batch / 2) + i / 2;  // 0 4 1 5 2 6 3 7: unpacking undoes it
   }
 
   // Words of `batch` successive counters, in the order of the positions they serve.
@@ -254,18 +260,21 @@ struct Philox {
   }
 };
 
+constexpr int64_t block = 16384;   // elements of memory that a thread takes at a time
+constexpr int64_t longest = 4096;  // elements of a segment
+constexpr int64_t widest = 1024;   // columns of rows
 constexpr int deep = 8;            // rows that are summed before float64 takes the sum
-constexpr int64_t longest = 4096;  // elements of a plane's segment
-constexpr int64_t widest = 512;    // columns of rows
 
 // A window of slopes in L1.
 template <class A> struct Slopes {
-  static constexpr int64_t step = 64, line = widest + step;  // a loop of 16 GCC unrolls before it could vectorize it
+  static constexpr int64_t step = 64;
+  static constexpr int lanes = VECTOR_BYTES / sizeof(A);
+  using V = vec<A, lanes>;
   Philox philox;
   A scale, middle;
   bool divisor;
   int64_t begin = 0, end = 0;
-  A window[deep * line + 2 * step];
+  A window[longest + 2 * step];
 
   explicit Slopes(const Call &c)
       : philox((uint64_t)*c.seed), scale((A)c.first), middle((A)c.second), divisor(c.slope == drawn_divisor) {}
@@ -274,20 +283,9 @@ template <class A> struct Slopes {
   const A *at(int64_t position, int64_t count, int64_t stop) {
     if (position < begin || position + count > end) {
       begin = position & ~(int64_t)3;
-      end = begin + fill(window, begin, std::min(stop, position + std::max(count, longest)) - begin);
+      end = begin + fill(window, begin, std::min(stop, position + std::max(count, longest / 2)) - begin);
     }
     return window + (position - begin);
-  }
-
-  // Those of lines, and how far apart these are here.
-  std::tuple<const A *, int64_t> of(int64_t position, int64_t count, int64_t lines, int64_t stride, int64_t stop) {
-    if (count == stride) return {at(position, lines * stride, stop), stride};
-    begin = end = 0;
-    for (int64_t i = 0; i < lines; i++) {
-      const int64_t before = (position + i * stride) % 4;
-      fill(window + 4 + i * line - before, position + i * stride - before, before + count);
-    }
-    return {window + 4, line};
   }
 
   // Slopes from `from`, a multiple of 4, on; how many, in whole steps.
@@ -296,75 +294,87 @@ template <class A> struct Slopes {
     for (; done < wanted; done += step) {
       uint32_t words[step];
       for (int i = 0; i < step; i += 4 * batch) philox.words((uint64_t)(from + done + i) / 4, words + i);
-      for (int i = 0; i < step; i++) to[done + i] = multiply_add((A)(int32_t)words[i], scale, middle);
+      for (int i = 0; i < step; i += lanes) {
+        const V drawn = multiply_add(__builtin_convertvector(load<vec<int32_t, lanes>>(words + i), V));
+        store(to + done + i, divisor ? 1 / drawn : drawn);
+      }
     }
-    if (divisor)
-      for (int64_t i = 0; i < done; i++) to[i] = 1 / to[i];
     return done;
   }
 
-  static A multiply_add(A x, A y, A z) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return std::fma(x, y, z);
+  V multiply_add(V word) const {
+    const V x = V{} + scale, y = V{} + middle;
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(A) == 4) return (V)_mm512_fmadd_ps((__m512)word, (__m512)x, (__m512)y);
+    else return (V)_mm512_fmadd_pd((__m512d)word, (__m512d)x, (__m512d)y);
+#elif VECTOR_BYTES == 32
+    if constexpr (sizeof(A) == 4) return (V)_mm256_fmadd_ps((__m256)word, (__m256)x, (__m256)y);
+    else return (V)_mm256_fmadd_pd((__m256d)word, (__m256d)x, (__m256d)y);
+#else
+    V v;
+    for (int i = 0; i < lanes; i++) {
+#if defined(__aarch64__)
+      v[i] = std::fma(word[i], x[i], y[i]);
 #else  // a call of the C library; double holds the product of two floats exactly
-    return sizeof(A) == 4 ? (A)((double)x * y + z) : std::fma(x, y, z);
+      v[i] = sizeof(A) == 4 ? (A)((double)word[i] * x[i] + y[i]) : std::fma(word[i], x[i], y[i]);
+#endif
+    }
+    return v;
 #endif
   }
 };
 
-// ---------------------------------------------------------------- one tile: a segment of a plane, or columns of up to `deep` rows
+// ---------------------------------------------------------------- one segment: contiguous, `longest` elements at most
 
 enum Pass { forward, marking, backward };  // marking: forward that finds the bits
 
-// Sums of vectors, the lanes in float64: a constant's sum keeps its digits however short a vector is.
-template <class V> void widen(V v, double *add_to) {
-  constexpr int W = sizeof(V) / sizeof(v[0]);
+// Adds to sums of vectors, whose lanes are float64: a constant's sum keeps its digits however short a vector is.
+template <class V> void widen(V v, double *sum) {
   using D = vec<double, VECTOR_BYTES / 8>;
   if constexpr (sizeof(v[0]) == 8) {
-    store(add_to, load<D>(add_to) + v);
+    store(sum, load<D>(sum) + v);
   } else {
 #if VECTOR_BYTES == 64
-    store(add_to, load<D>(add_to) + _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)));
-    store(add_to + 8, load<D>(add_to + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)));
+    store(sum, load<D>(sum) + _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)));
+    store(sum + 8, load<D>(sum + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)));
 #elif VECTOR_BYTES == 32
-    store(add_to, load<D>(add_to) + _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)));
-    store(add_to + 4, load<D>(add_to + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)));
+    store(sum, load<D>(sum) + _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)));
+    store(sum + 4, load<D>(sum + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)));
 #else
-    for (int i = 0; i < W; i++) add_to[i] += v[i];
+    for (int i = 0; i < 4; i++) sum[i] += v[i];
 #endif
   }
 }
 
-// The memory of a tile: lines of `count` elements, `stride` apart.
-template <class T> struct Lines {
+template <class T> struct Memory {
   const T *value, *grad;
   T *out;
-  uint64_t *words;  // the sides, `words_a_line` words a line
-  int64_t count, lines, stride;
+  uint64_t *words;  // the sides
+  int64_t count;
 };
-constexpr int64_t words_a_line = longest / 64 + 3;
 
 // Reads grad backward and, unless the slope is learned, no value: words that the marking pass made tell the sides.
-template <class T, Slope S, bool ROWS, Pass P> struct Tile {
+template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   using E = Element<T>;
   using A = typename E::A;
   using V = typename E::V;
   using Sides = Side<A>;
   using M = typename Sides::M;
+  using Total = std::conditional_t<ROWS, A, double>;
   static constexpr int W = E::lanes;
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
-  const A *bias, *slope;  // of the columns; of planes one number each
-  int64_t slope_stride;   // of random ones, from line to line
-  double *bias_sum, *weight_sum;  // of the columns, or the lanes of one number; null where not wanted
+  const A *bias, *slope;           // ROWS: of the columns; else one number each, but for random slopes
+  Total *bias_sum, *weight_sum;    // of the columns; else the lanes of one number each, null where not wanted
+  struct { V bias, slope; } one{};
 
   struct Terms { V bias, weight; };
-  struct { V bias, slope; } one{};
 
   // One vector. Its sides are found and put into `m`, or read from it; what it adds to the sums is returned.
   [[gnu::always_inline]] static Terms step(V x, V g, V b, V s, T *out, M &m) {
     const V z = x + b;
-    if (from_value) m = S == zero || random ? Sides::at_most_zero(z) : Sides::not_above_zero(z);  // where eager sends a NaN's gradient
+    // Eager's choice for NaN: rules.py's nan_is_negative
+    if (from_value) m = S == zero || random ? Sides::at_most_zero(z) : Sides::not_above_zero(z);
     if (P != backward) {
       E::write(out, S == zero ? Sides::positive_part(z) : Sides::choose(m, s * z, z));
       return {V{}, V{}};
@@ -376,45 +386,40 @@ template <class T, Slope S, bool ROWS, Pass P> struct Tile {
   }
 
   V bias_at(int64_t i) const { return ROWS && from_value ? load<V>(bias + i) : one.bias; }
-  V slope_at(int64_t i, int64_t line) const { return random ? load<V>(slope + line * slope_stride + i) : ROWS && S == learned ? load<V>(slope + i) : one.slope; }
+  V slope_at(int64_t i) const { return random || (ROWS && S == learned) ? load<V>(slope + i) : one.slope; }
 
-  [[gnu::always_inline]] void sum(int64_t i, V b, V w) const {
-    if (bias_sum) widen(b, bias_sum + i);
-    if (S == learned && weight_sum) widen(w, weight_sum + i);
+  [[gnu::always_inline]] static void add(V term, int64_t i, Total *sum) {
+    if constexpr (ROWS) store(sum + i, load<V>(sum + i) + term);
+    else widen(term, sum);
+  }
+  [[gnu::always_inline]] void add(Terms t, int64_t i) const {
+    if (ROWS || bias_sum) add(t.bias, i, bias_sum);
+    if (S == learned && (ROWS || weight_sum)) add(t.weight, i, weight_sum);
   }
 
-  // N vectors of each line.
-  template <int N> [[gnu::always_inline]] void vectors(const Lines<T> &at, int64_t i) const {
-    V b[N], s[N];
+  template <int N> [[gnu::always_inline]] void vectors(const Memory<T> &at, int64_t i) const {
+    uint64_t &word = at.words[i / 64], sides = from_value ? 0 : word >> i % 64;
     Terms t[N];
-    for (int n = 0; n < N; n++) b[n] = bias_at(i + n * W), s[n] = slope_at(i + n * W, 0), t[n] = {V{}, V{}};
-    for (int64_t line = 0; line < (ROWS ? at.lines : 1); line++) {
-      const int64_t j = line * at.stride + i;
-      uint64_t &word = at.words[line * words_a_line + i / 64], sides = from_value ? 0 : word >> i % 64;
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) {
-        M m = from_value ? M{} : Sides::of(sides >> n * W);
-        const V x = from_value ? E::read(at.value + j + n * W) : V{}, g = P == backward ? E::read(at.grad + j + n * W) : V{};
-        const Terms terms = step(x, g, b[n], random ? slope_at(i + n * W, line) : s[n], at.out + j + n * W, m);
-        if (P == marking) sides |= Sides::bits(m) << n * W;
-        if (P == backward) t[n].bias += terms.bias;
-        if (P == backward && S == learned) t[n].weight += terms.weight;
-      }
-      if (P == marking) word = i % 64 ? word | sides << i % 64 : sides;
+    for (int n = 0; n < N; n++) {
+      const int64_t j = i + n * W;
+      M m = from_value ? M{} : Sides::of(sides >> n * W);
+      const V x = from_value ? E::read(at.value + j) : V{}, g = P == backward ? E::read(at.grad + j) : V{};
+      t[n] = step(x, g, bias_at(j), slope_at(j), at.out + j, m);
+      if (P == marking) sides |= Sides::bits(m) << n * W;
+      if (P == backward && ROWS) add(t[n], j);
     }
-    if (P != backward) return;
-    if (ROWS) {
-      for (int n = 0; n < N; n++) sum(i + n * W, t[n].bias, t[n].weight);
-    } else {
-      for (int half = N / 2; half; half /= 2)
-        for (int n = 0; n < half; n++) t[n].bias += t[n + half].bias, t[n].weight += t[n + half].weight;
-      sum(0, t[0].bias, t[0].weight);
-    }
+    if (P == marking) word = i % 64 ? word | sides << i % 64 : sides;
+    if (P != backward || ROWS) return;
+#pragma GCC unroll 2
+    for (int half = N / 2; half; half /= 2)
+#pragma GCC unroll 2
+      for (int n = 0; n < half; n++) t[n].bias += t[n + half].bias, t[n].weight += t[n + half].weight;
+    add(t[0], 0);
   }
 
-  // The last count % W elements of each line: in the last vector's last lanes if there are as many elements, and only they are written.
-  [[gnu::noinline]] void ragged(const Lines<T> &at) {
-    one = {*bias - V{}, *slope - V{}};
+  // The last count % W elements, in the last vector's last lanes if there are as many elements; only they are written.
+  [[gnu::noinline]] void ragged(const Memory<T> &at) const {
     const int rest = (int)(at.count % W), skip = at.count < W ? 0 : W - rest;
     const int64_t i = at.count - rest;
     const uint64_t live = ((1ull << rest) - 1) << skip;
@@ -423,36 +428,34 @@ template <class T, Slope S, bool ROWS, Pass P> struct Tile {
       if (!skip) std::memcpy(all, p, rest * sizeof(T));
       return E::read(skip ? p - skip : all);
     };
-    Terms t{V{}, V{}};
-    for (int64_t line = 0; line < at.lines; line++) {
-      const int64_t j = line * at.stride + i;
-      uint64_t &word = at.words[line * words_a_line + i / 64];
-      T to[W];
-      M m = from_value ? M{} : Sides::of(word >> i % 64 << skip);
-      const Terms terms = step(from_value ? read(at.value + j) : V{}, P == backward ? read(at.grad + j) : V{}, bias_at(i - skip), slope_at(i - skip, line), to, m);
-      std::memcpy(at.out + j, to + skip, rest * sizeof(T));
-      if (P == marking) word = (i % 64 ? word : 0) | (Sides::bits(m) & live) >> skip << i % 64;
-      t.bias += Sides::choose(Sides::of(live), terms.bias, V{}), t.weight += Sides::choose(Sides::of(live), terms.weight, V{});
-    }
-    if (P == backward) sum(ROWS ? i - skip : 0, t.bias, t.weight);
+    uint64_t &word = at.words[i / 64];
+    T to[W];
+    M m = from_value ? M{} : Sides::of(word >> i % 64 << skip);
+    const V x = from_value ? read(at.value + i) : V{}, g = P == backward ? read(at.grad + i) : V{};
+    const Terms t = step(x, g, bias_at(i - skip), slope_at(i - skip), to, m);
+    std::memcpy(at.out + i, to + skip, rest * sizeof(T));
+    if (P == marking) word = (i % 64 ? word : 0) | (Sides::bits(m) & live) >> skip << i % 64;
+    const M lanes = Sides::of(live);
+    if (P == backward) add({Sides::choose(lanes, t.bias, V{}), Sides::choose(lanes, t.weight, V{})}, i - skip);
   }
 
-  [[gnu::noinline]] void run(const Lines<T> &lines) const {
-    Tile tile = *this;  // copies, which no store of an element can change
-    const Lines<T> at = lines;
-    tile.one = {*bias - V{}, *slope - V{}};  // not + V{}: an absent bias is -0, which changes no x
+  [[gnu::noinline]] void run(const Memory<T> &memory) const {
+    Segment segment = *this;  // copies, which no store of an element can change
+    const Memory<T> at = memory;
+    segment.one = {*bias - V{}, *slope - V{}};  // not + V{}: an absent bias is -0, which changes no x
     int64_t i = 0;
     for (; i + 64 <= at.count; i += 64)
-      for (int k = 0; k < 64; k += 4 * W) tile.template vectors<4>(at, i + k);
-    for (; i + W <= at.count; i += W) tile.template vectors<1>(at, i);
-    if (i < at.count) Tile(*this).ragged(lines);
+      for (int k = 0; k < 64; k += 4 * W) segment.template vectors<4>(at, i + k);
+    for (; i + W <= at.count; i += W) segment.template vectors<1>(at, i);
+    if (i < at.count) Segment(segment).ragged(memory);
   }
 };
 
 // ---------------------------------------------------------------- threads: torch's pool
 
-// work(first, last) on equal shares of the items, each thread the same stretch of memory every time, as ATen cuts it: what one op
-// leaves in a core's caches the next one finds there. (Handing out small items as threads come free ran ReLU 3 times slower.)
+// work(first, last) on equal shares of the items, each thread the same stretch of memory every time, as ATen cuts it:
+// what one op leaves in a core's caches the next one finds there. (Handing out small items as threads come free ran
+// ReLU 3 times slower.)
 template <class F> void parallel_for(int64_t items, int threads, const F &work) {
   struct Shared {
     int64_t items;
@@ -526,7 +529,9 @@ template <class A> Array<A> whole(const void *p, int type, int64_t length, doubl
 }
 
 // The same for `count` memory positions from column `first` of a period on.
-template <class A> void spread(const void *p, int type, int64_t length, double otherwise, const Call &c, int64_t first, int64_t count, A *to) {
+template <class A>
+void spread(const Call &c, const void *p, int type, int64_t length, double otherwise, int64_t first, int64_t count,
+            A *to) {
   if (!p || length == 1) {
     get(p, type, 0, 1, otherwise, to);
     return std::fill(to + 1, to + count, *to);
@@ -562,8 +567,9 @@ int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // Blocks of memory; a piece, with its part of the sums, is where a block and a plane meet.
 struct Planes {
   const Call &c;
-  const int64_t items = blocks(c.n, longest), planes = c.n / c.inner, parts = items + planes;
-  int64_t part(int64_t position, int64_t plane) const { return position / longest + plane; }  // in order, and each its own
+  const int64_t items = blocks(c.n, block), planes = c.n / c.inner, parts = items + planes;
+  // Of a position in a plane: pieces are numbered in order, and each has its own number.
+  int64_t part(int64_t position, int64_t plane) const { return position / block + plane; }
 
   template <class A> void add(const A *parts, int64_t first, int64_t count, double *sums) const {
     for (int64_t plane = first; plane < planes; plane += c.channels)
@@ -577,51 +583,55 @@ struct Planes {
 // Lines of whole periods in strips of columns. An item is a group of lines in one strip.
 struct Rows {
   const Call &c;
-  const int64_t period = c.channels * c.inner, columns = blocks(widest / 2, period) * period, strips = columns < widest ? 1 : blocks(columns, widest - 8);
-  const int64_t lines = blocks(c.n, columns), group = deep * std::max<int64_t>(4, blocks(lines, 32 * deep)), groups = blocks(lines, group);
-  const int64_t items = groups * strips, parts = groups * columns;
-  int64_t begin(int64_t strip) const { return columns * strip / strips / 8 * 8; }  // so a strip is up to 8 wider than its share
+  const int64_t period = c.channels * c.inner, columns = blocks(widest / 2, period) * period;
+  const int64_t strips = columns <= widest ? 1 : blocks(columns, widest - 8), lines = blocks(c.n, columns);
+  const int64_t group = deep * std::max<int64_t>(4, blocks(lines, 32 * deep)), groups = blocks(lines, group);
+  const int64_t items = groups * strips, parts = groups * columns + VECTOR_BYTES;  // read by whole vectors
+  int64_t begin(int64_t strip) const { return columns * strip / strips / 8 * 8; }  // so up to 8 wider than its share
   int64_t width(int64_t strip) const { return (strip + 1 == strips ? columns : begin(strip + 1)) - begin(strip); }
 
   template <class A> void add(const A *parts, int64_t first, int64_t count, double *sums) const {
-    double wide[4096];
-    for (int64_t k = 0, some = 4096 / c.inner; k < count; k += some) {
-      const int64_t channels = std::min(some, count - k), width = channels * c.inner;
-      std::fill_n(wide, width, 0.0);
+    constexpr int64_t some = 4096, lanes = VECTOR_BYTES / sizeof(A);
+    double wide[some + lanes];
+    for (int64_t k = 0, few; k < count; k += few) {
+      few = std::min(some / c.inner, count - k);
+      std::fill_n(wide, few * c.inner, 0.0);
       for (int64_t o = (first + k) * c.inner; o < groups * columns; o += period)
-        for (int64_t j = 0; j < width; j++) wide[j] += parts[o + j];
-      for (int64_t j = 0; j < channels; j++) sums[k + j] = std::accumulate(wide + j * c.inner, wide + (j + 1) * c.inner, 0.0);
+        for (int64_t j = 0; j < few * c.inner; j += lanes) widen(load<vec<A, lanes>>(parts + o + j), wide + j);
+      for (int64_t j = 0; j < few; j++)
+        sums[k + j] = std::accumulate(wide + j * c.inner, wide + (j + 1) * c.inner, 0.0);
     }
   }
 };
 
-// One thread's way through its tiles.
+// One thread's way through its segments.
 template <class T, Slope S, bool ROWS, Pass P> struct Walker {
-  using Step = Tile<T, S, ROWS, P>;
+  using Step = Segment<T, S, ROWS, P>;
   using A = typename Step::A;
   struct Nothing { explicit Nothing(const Call &) {} };
 
   const Call &c;
   std::conditional_t<Step::random, Slopes<A>, Nothing> slopes{c};
-  uint64_t words[(ROWS ? deep : 1) * words_a_line];
+  uint64_t words[longest / 64 + 3];
 
-  // Lines from `position` on. `shared`: other threads may meet the bytes at the ends of these lines.
-  void tile(int64_t position, int64_t count, int64_t lines, int64_t stride, const Step &step, bool shared = false) {
-    const T *value = c.value ? (const T *)c.value + position : nullptr;
-    const Lines<T> at{value, P == backward ? (const T *)c.grad + position : nullptr, (T *)c.out + position, words, count, lines, stride};
-    for (int64_t i = 0; !Step::from_value && i < lines; i++) {
-      if (c.bits) read_bits(c.bits, position + i * stride, count, words + i * words_a_line);
-      else mark(step, value + i * stride, words + i * words_a_line, count, i);
-    }
-    step.run(at);
-    for (int64_t i = 0; P == marking && c.bits && i < lines; i++) write_bits(c.bits, position + i * stride, count, words + i * words_a_line, shared);
+  // stop: how far this thread goes on from here; shared: other threads may meet the bytes at the ends.
+  void walk(int64_t position, int64_t count, int64_t stop, const Step &step, bool shared) {
+    for (int64_t end = position + count; position < end; position += longest)
+      segment(position, std::min(longest, end - position), stop, step, shared);
   }
 
-  // The bits that were not kept, from the input that was.
-  [[gnu::noinline]] void mark(const Step &step, const T *value, uint64_t *to, int64_t count, int64_t line) const {
+  void segment(int64_t position, int64_t count, int64_t stop, Step step, bool shared) {
+    const T *value = c.value ? (const T *)c.value + position : nullptr;
+    if constexpr (Step::random) step.slope = slopes.at(position, count, stop);
+    if (!Step::from_value) c.bits ? read_bits(c.bits, position, count, words) : mark(step, value, count);
+    step.run({value, P == backward ? (const T *)c.grad + position : nullptr, (T *)c.out + position, words, count});
+    if (P == marking && c.bits) write_bits(c.bits, position, count, words, shared);
+  }
+
+  // The sides that were not kept, from the input that was.
+  [[gnu::noinline]] void mark(const Step &step, const T *value, int64_t count) {
     T y[ROWS ? widest : longest];
-    const A *slope = step.slope + (Step::random ? line * step.slope_stride : 0);
-    Tile<T, S, ROWS, marking>{step.bias, slope, 0, nullptr, nullptr}.run({value, nullptr, y, to, count, 1, 0});
+    Segment<T, S, ROWS, marking>{step.bias, step.slope, nullptr, nullptr}.run({value, nullptr, y, words, count});
   }
 };
 
@@ -629,23 +639,23 @@ template <class T, Slope S, Pass P> void planes(const Call &c) {
   using W = Walker<T, S, false, P>;
   using A = typename W::A;
   const Planes cut{c};
-  const Array<A> bias = whole<A>(c.bias, c.bias_type, c.channels, -0.0), slope = whole<A>(c.weight, c.weight_type, c.weights, c.first);
+  const Array<A> bias = whole<A>(c.bias, c.bias_type, c.channels, -0.0);
+  const Array<A> slope = whole<A>(c.weight, c.weight_type, c.weights, c.first);
   const Array<A> biases(c.bias_sum ? new A[cut.parts] : nullptr), weights(c.weight_sum ? new A[cut.parts] : nullptr);
 
   parallel_for(cut.items, c.n < 32768 ? 1 : c.threads, [&](int64_t first, int64_t last) {
     W walker{c};
-    const int64_t stop = std::min(c.n, last * longest);
-    int64_t position = first * longest, plane = position / c.inner, k = plane % c.channels;
+    const int64_t stop = std::min(c.n, last * block);
+    int64_t position = first * block, plane = position / c.inner, k = plane % c.channels;
     for (int64_t count; position < stop; position += count) {
       const int64_t part = cut.part(position, plane), end = (plane + 1) * c.inner;
-      count = std::min({end, (position / longest + 1) * longest, c.n}) - position;
+      count = std::min({end, (position / block + 1) * block, c.n}) - position;
       constexpr int lanes = VECTOR_BYTES / sizeof(A);
       double bias_sum[lanes], weight_sum[lanes];
       if (biases) std::fill_n(bias_sum, lanes, 0.0);
       if (weights) std::fill_n(weight_sum, lanes, 0.0);
-      const A *s = &slope[c.weights > 1 ? k : 0];
-      if constexpr (W::Step::random) s = walker.slopes.at(position, count, stop);
-      walker.tile(position, count, 1, 0, {&bias[c.bias ? k : 0], s, 0, biases ? bias_sum : nullptr, weights ? weight_sum : nullptr});
+      walker.walk(position, count, stop, {&bias[c.bias ? k : 0], &slope[c.weights > 1 ? k : 0],
+                                             biases ? bias_sum : nullptr, weights ? weight_sum : nullptr}, false);
       if (biases) biases[part] = (A)std::accumulate(bias_sum, bias_sum + lanes, 0.0);
       if (weights) weights[part] = (A)std::accumulate(weight_sum, weight_sum + lanes, 0.0);
       if (position + count == end) plane++, k = k + 1 == c.channels ? 0 : k + 1;
@@ -661,9 +671,10 @@ template <class T, Slope S, Pass P> void planes(const Call &c) {
 template <class T, Slope S, Pass P> void rows(const Call &c) {
   using W = Walker<T, S, true, P>;
   using A = typename W::A;
-  constexpr int64_t room = widest + VECTOR_BYTES / 4;
+  constexpr int64_t lanes = VECTOR_BYTES / sizeof(A), room = widest + lanes;
   const Rows cut{c};
   const Array<A> biases(c.bias_sum ? new A[cut.parts] : nullptr), weights(c.weight_sum ? new A[cut.parts] : nullptr);
+  A *const parts[] = {biases.get(), weights.get()};
   // Bytes that two strips share, where lines are no whole bytes, are put together from zero.
   const bool shared = cut.strips > 1 && cut.columns % 8;
   if (P == marking && shared && c.bits) std::memset(c.bits, 0, blocks(c.n, 8));
@@ -671,25 +682,29 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
   parallel_for(cut.items, c.n < 32768 ? 1 : c.threads, [&](int64_t item, int64_t end) {
     W walker{c};
     for (; item < end; item++) {
-      const int64_t g = item / cut.strips, strip = item % cut.strips, first = cut.begin(strip), width = cut.width(strip);
-      A bias[room], slope[room];
-      double bias_sum[room], weight_sum[room];
-      spread(c.bias, c.bias_type, c.channels, -0.0, c, first, std::min(c.n, width), bias);
-      spread(c.weight, c.weight_type, c.weights, c.first, c, first, std::min(c.n, width), slope);
-      if (biases) std::fill_n(bias_sum, width, 0.0);
-      if (weights) std::fill_n(weight_sum, width, 0.0);
+      const int64_t g = item / cut.strips, strip = item % cut.strips;
+      const int64_t first = cut.begin(strip), width = cut.width(strip);
+      A bias[room], slope[room], sums[2][room];
+      double totals[2][room];
+      spread(c, c.bias, c.bias_type, c.channels, -0.0, first, std::min(c.n, width), bias);
+      spread(c, c.weight, c.weight_type, c.weights, c.first, first, std::min(c.n, width), slope);
+      for (int i = 0; i < 2; i++)
+        if (P == backward) std::fill_n(sums[i], room, A{}), std::fill_n(totals[i], width, 0.0);
       const int64_t last = std::min(cut.lines, (g + 1) * cut.group), stop = std::min(c.n, last * cut.columns);
-      for (int64_t line = g * cut.group, lines; line < last; line += lines) {
-        const int64_t position = line * cut.columns + first, whole = (c.n - line * cut.columns) / cut.columns;
-        if (position >= c.n) break;
-        lines = std::max<int64_t>(1, std::min({(int64_t)deep, last - line, whole}));  // the last line may end early
-        const int64_t count = std::min(width, c.n - position);
-        typename W::Step step{bias, slope, 0, biases ? bias_sum : nullptr, weights ? weight_sum : nullptr};
-        if constexpr (W::Step::random) std::tie(step.slope, step.slope_stride) = walker.slopes.of(position, count, lines, cut.columns, stop);
-        walker.tile(position, count, lines, cut.columns, step, shared);
+      for (int64_t line = g * cut.group; line < last; line++) {
+        const int64_t position = line * cut.columns + first, count = std::min(width, c.n - position);
+        if (count > 0)
+          walker.walk(position, count, cut.strips == 1 ? stop : position + count,
+                         {bias, slope, sums[0], sums[1]}, shared);
+        if ((line + 1) % deep && line + 1 < last) continue;
+        for (int i = 0; i < 2; i++)
+          for (int64_t j = 0; parts[i] && j < width; j += lanes) {
+            widen(load<vec<A, lanes>>(sums[i] + j), totals[i] + j);
+            store(sums[i] + j, vec<A, lanes>{});
+          }
       }
-      if (biases) std::copy_n(bias_sum, width, &biases[g * cut.columns + first]);
-      if (weights) std::copy_n(weight_sum, width, &weights[g * cut.columns + first]);
+      for (int i = 0; i < 2; i++)
+        if (parts[i]) std::copy_n(totals[i], width, parts[i] + g * cut.columns + first);
     }
   });
   auto add = [&](const Array<A> &parts) {
@@ -700,7 +715,7 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
 }
 
 template <class T, Slope S, Pass P> void dispatch(const Call &c) {
-  const int64_t narrow = c.n / c.inner < 4 * c.channels ? 64 : 256;  // few rows don't pay for the spreading of their parameters
+  const int64_t narrow = c.n / c.inner < 4 * c.channels ? 64 : 256;  // few rows don't pay for spreading parameters
   c.channels > 1 && c.inner < narrow ? rows<T, S, P>(c) : planes<T, S, P>(c);
 }
 

@@ -38,7 +38,8 @@ static void one(int type, int slope) {
     c.value = x.data(), c.out = out.data(), c.bias = bias.data(), c.bits = (uint8_t *)bits.data(), c.seed = &seed;
     c.n = s.n, c.channels = s.c, c.inner = s.inner;
     if (slope == learned) c.weight = weight.data(), c.weights = s.c;
-    c.first = slope == drawn ? 0.2 * 0x1p-32 : slope == drawn_divisor ? 5 * 0x1p-32 : 0.1, c.second = slope == drawn ? 0.2 : 5.5;
+    c.first = slope == drawn ? 0.2 * 0x1p-32 : slope == drawn_divisor ? 5 * 0x1p-32 : 0.1;
+    c.second = slope == drawn ? 0.2 : 5.5;
     c.type = c.bias_type = c.weight_type = c.bias_sum_type = type, c.slope = slope, c.threads = 2;
     if (fused_rect(&c)) std::abort();
     hash(elements, out), hash(elements, bits);
@@ -49,7 +50,8 @@ static void one(int type, int slope) {
     hash(elements, dx), hash(sums, db);
     if (slope == learned) hash(sums, dw);
   }
-  std::printf("type %d slope %d: elements %016llx sums %016llx\n", type, slope, (unsigned long long)elements, (unsigned long long)sums);
+  std::printf("type %d slope %d: ", type, slope);
+  std::printf("elements %016llx sums %016llx\n", (unsigned long long)elements, (unsigned long long)sums);
 }
 
 int main() {
