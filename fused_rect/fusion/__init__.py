@@ -36,16 +36,17 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
         else:
             reader.fold = fold_batchnorm
     if not any(isinstance(hook, Leave) for hook in model._forward_hooks.values()):
-        model.register_forward_hook(Leave())
+        model.register_forward_hook(Leave(), always_call=True)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse` in place: takes its hooks away from ``model``, and nothing else."""
     for module in model.modules():
-        for key, hook in list(getattr(module, "_forward_hooks", {}).items()):
-            if isinstance(hook, Hook):
-                del module._forward_hooks[key]
+        for hooks in (getattr(module, "_forward_hooks", {}), getattr(module, "_forward_pre_hooks", {})):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
     return model
 
 

@@ -13,6 +13,7 @@ from programs import forwards, imported
 from torch import nn
 
 import fused_rect as fr
+from fused_rect import functional
 from fused_rect.fusion.waiting import Hook
 
 
@@ -59,6 +60,8 @@ def observed(model, x, flag):
 
 def assert_same(fused, plain, x, flag):
     a, b = observed(fused, x, flag), observed(plain, x, flag)
+    if "modified by an inplace operation" in str(b[0][1]):
+        return  # what torch keeps for backward was overwritten; ours keeps a bit of it
     assert a[0] == b[0] and a[2] == b[2]
     assert len(a[1]) == len(b[1])
     for one, other in zip(a[1], b[1]):
@@ -151,7 +154,8 @@ def check(source, fold, changes, flags):
             assert_same(fused, plain, x, flags[0])
             assert_same(fused, plain, x, not flags[0])
         fr.unfuse(fused)
-        assert not any(isinstance(h, Hook) for m in fused.modules() for h in m._forward_hooks.values())
+        hooks = [h for m in fused.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
+        assert not any(isinstance(hook, Hook) for hook in hooks)
         assert_same(fused, plain, x, True)
     finally:
         sys.modules.pop(Net.__module__)
@@ -165,10 +169,19 @@ programs = given(forwards(), st.booleans(), changes, st.lists(st.booleans(), min
 usual = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
-@settings(usual, max_examples=60)
+@settings(usual, max_examples=50)
 @programs
 def test_a_written_forward_means_the_same_fused(source, fold, changes, flags):
     check(source, fold, changes, flags)
+
+
+@settings(usual, max_examples=30)
+@programs
+def test_a_written_forward_means_the_same_where_the_rectifier_adds_the_bias(source, fold, changes, flags):
+    """As on GPUs, whose convolutions would add it in a pass of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "map_adds_bias", lambda rank, device: False)
+        check(source, fold, changes, flags)
 
 
 @pytest.mark.exhaustive
