@@ -1,5 +1,8 @@
 """The ops called in C++ (kernels/cpu/direct.cpp): what they take on equals a dispatcher call; they leave the rest."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -349,3 +352,27 @@ def test_without_the_library_python_serves(monkeypatch):
     assert cpu.calls() == "Python, slower for small tensors: no headers"
     monkeypatch.undo()
     backends._forget()
+
+
+@pytest.mark.parametrize("room, expected", [(1.5, "RuntimeError"), (2.5, "OutOfMemoryError"), (3.5, "done")])
+def test_no_memory_is_an_error_in_backward_too(room, expected):
+    """Room for so many tensors of the input's size: torch makes two, the kernels' sums are the third."""
+    code = f"""
+import resource, torch, fused_rect as fr
+torch.set_num_threads(1)
+C = 2**24
+def called(C):
+    x, bias = (torch.randn(size).requires_grad_() for size in ((1, C), (C,)))
+    return fr.functional.bias_relu(x, bias)
+called(8).backward(torch.ones(1, 8))
+y, grad = called(C), torch.ones(1, C)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int({room} * 4 * C),) * 2)
+try:
+    y.backward(grad)
+    print("done")
+except (RuntimeError, MemoryError) as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr

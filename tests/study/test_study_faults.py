@@ -385,6 +385,19 @@ def test_an_interrupt_ends_the_study_and_all_its_processes(tmp_path, start, to, 
 
 
 @needs_proc
+def test_runs_end_when_the_study_is_killed(tmp_path, start):
+    """Whose runs would take an hour: they would write into a folder that a new study writes to."""
+    process = start(tmp_path, "--epochs", 4000, "--jobs", 2, "--checkpoint-every", 20)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/checkpoint.pt"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert gone(process)
+
+
+@needs_proc
 def test_a_runs_process_that_is_killed_ends_the_study_with_a_word(tmp_path, start):
     process = start(tmp_path, "--epochs", 4000, "--jobs", 2)
     deadline = time.monotonic() + 120
@@ -412,7 +425,7 @@ def test_killed_at_random_moments(tmp_path, start, times):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.1, 12))  # a whole one takes about as long
         process.kill()
-        process.communicate()
+        process.wait()
         assert gone(process), "an orphan"
         results(out)
         for path in out.glob("runs/*/checkpoint.pt"):
@@ -511,10 +524,12 @@ def test_a_huge_or_damaged_image_is_refused(tmp_path):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     path = tmp_path / "x.png"
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
-    with at_most(20), pytest.raises(DataError, match=r"x\.png is not a readable"):
-        formats._grey(path, 4)
+    for side, said in ((60_000, "x.png is not a readable"), (8_000, "8000 x 8000 pixels are more than 16,777,216")):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        body = chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+        with at_most(20), pytest.raises(DataError, match=said):
+            formats._grey(path, 4)
     picture(path, "PNG", (64, 64))
     whole = path.read_bytes()
     rng = random.Random(0)
@@ -532,13 +547,9 @@ def test_what_is_no_file_is_no_image(tmp_path):
         formats.class_folders(tmp_path, 4)
 
 
-def doubled(depth, open, close):
-    """A container of two of the same container of two ...: ``depth`` times, in 5 bytes each."""
-    return b"\x80\x02" + open + b"".join(b"q%ch%c%s" % (i, i, close) for i in range(depth))
-
-
 def pickles():
     shared = b"\x80\x02)" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(55))
+    yield "a list twice, harmless for once", b"\x80\x02](]q\x00h\x00e."
     yield "a tuple twice, as a key", b"\x80\x02}" + shared[2:] + b"K\x01s."
     yield "a list twice", b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(30)) + b"."
     yield "a list in itself", b"\x80\x02]q\x00h\x00a."
@@ -546,7 +557,7 @@ def pickles():
     yield "duplicated", b"\x80\x02)" + b"2\x86" * 60 + b"."
     yield "a memo of 2^31", b"\x80\x02K\x01r\xff\xff\xff\x7f."
     yield "a memo of 2^31, as text", b"I1\np2147483646\n."
-    yield "tuples 100,000 deep, as a key", b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."
+    yield "tuples 2,000,000 deep, as a key", b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
     yield "lists 100,000 deep", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
     yield "frozen sets", pickle.dumps(frozenset({frozenset({1})}), 4)
     yield "text of 2^62 bytes", b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"x."
