@@ -1,13 +1,14 @@
 """Host side of the Triton kernels: from tensors to a plan to a launch.
 
 Tensors arrive checked and dense (`fused_rect.ops`). Nothing here asks for a CUDA tensor: CPU tensors go to whatever
-Triton driver or interpreter is active. What depends on shapes alone is worked out once per shape (`forward_call`,
-`backward_call`, `finish_call`), so that a launch costs a look-up more than Triton's own.
+Triton driver or interpreter is active. What depends on shapes alone is worked out once per shape (`rectify_call`,
+`finish_call`), so that a launch costs a look-up more than Triton's own.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -18,35 +19,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from .. import reference
-from ..rules import RULES, Need, Parameters, Rule
-from . import rectify, reduce
-from .plan import Plan, channel_layout, plan
+from ..rules import Need, Parameters, Rule
+from . import reduce
+from .plan import VECTOR, Plan, channel_layout, plan
+from .rectify import rectify
 
 Shape = tuple[int, ...]
 
 
 class Call(NamedTuple):
-    """One launch but for its pointers, which come first: ``kernel[grid](*pointers, *numbers, **constants)``."""
+    """One launch but for its tensors: ``kernel[grid](**tensors, **numbers, **constants)``."""
 
     kernel: Any
     grid: tuple[int, ...]
-    numbers: tuple[int, ...]
+    numbers: dict[str, int]
     constants: dict[str, Any]
     plan: Plan
 
-    def __call__(self, *pointers: Tensor | None) -> None:
-        self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
+    def __call__(self, **tensors: Tensor | None) -> None:
+        self.kernel[self.grid](**tensors, **self.numbers, **self.constants)
 
 
 def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
     """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
-    if bits is not None:
-        bits.copy_(reference.pack_bits(reference.is_negative(reference.add_bias(x, parameters.bias), rule)))
-    lengths = _length(parameters.bias), _length(parameters.weight)
-    call = forward_call(x.shape, x.stride(), x.dtype, *rule, *lengths)
+    call = _rectify_call(x, parameters, rule, Need())
     with _device_of(x):
-        call(x, out, *parameters)
+        call(x=x, grad=None, out=out, bits=bits, partials=None, **parameters._asdict())
 
 
 def backward(
@@ -56,31 +54,20 @@ def backward(
 
     kept: forward's bits (uint8), or its input.
     """
-    bias, weight, seed = parameters
-    if kept.dtype == torch.uint8:
-        negative = reference.unpack_bits(kept, grad)
-        kept = torch.where(negative, grad.new_full((), -1), grad.new_full((), 1))
-    lengths = _length(bias), _length(weight)
-    need_bias = need.bias is not None
-    call = backward_call(kept.shape, kept.stride(), kept.dtype, *rule, *lengths, need_bias, need.weight)
-    p = call.plan
-    sums = need_bias + need.weight
-    with _device_of(kept):
-        if not sums:
-            call(grad, kept, grad_input, bias, weight, seed, None, None)
-            return None, None
-        compute = _compute(kept.dtype)
-        partials = kept.new_empty((sums, p.chunks, p.entries), dtype=compute)
-        tails = kept.new_empty((p.vector, sums), dtype=compute) if p.tail else None
-        call(grad, kept, grad_input, bias, weight, seed, partials, tails)
-        outputs = [
-            kept.new_empty((p.channels,), dtype=dtype)
-            for wanted, dtype in ((need_bias, need.bias), (need.weight, compute))
-            if wanted
-        ]
-        finish_call(p, sums, compute)(partials, tails, outputs[0], outputs[1] if sums == 2 else None)
-    grad_bias = outputs[0] if need_bias else None
-    return grad_bias, _as_weight(outputs[-1], weight) if need.weight else None
+    call = _rectify_call(grad, parameters, rule, need)
+    x, bits = (None, kept) if kept.dtype == torch.uint8 else (kept, None)
+    compute = _computed_in(grad.dtype)
+    # One for each sum that is needed: the bias's in the dtype wanted, PReLU's to be summed on, or rounded.
+    outputs = [dtype for dtype in (need.bias, compute if need.weight else None) if dtype is not None]
+    with _device_of(grad):
+        partials = grad.new_empty((len(outputs), call.plan.partials), dtype=compute) if outputs else None
+        call(x=x, grad=grad, out=grad_input, bits=bits, partials=partials, **parameters._asdict())
+        sums = [grad.new_empty((call.plan.channels,), dtype=dtype) for dtype in outputs]
+        if sums:
+            finish = finish_call(call.plan, len(sums), compute)
+            finish(partials=partials, first=sums[0], second=sums[1] if len(sums) == 2 else None)
+    grad_bias = None if need.bias is None else sums[0]
+    return grad_bias, _as_weight(sums[-1], parameters.weight) if need.weight else None
 
 
 def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
@@ -91,114 +78,94 @@ def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
 # ---- what depends on shapes alone ----
 
 
-@functools.lru_cache(maxsize=4096)
-def forward_call(
-    shape: Shape, stride: Shape, dtype: torch.dtype, rule: str, lower: float, upper: float, bias: int, weight: int
-) -> Call:
-    """The forward launch for a dense input; ``bias`` and ``weight`` are lengths, 0 where absent.
-
-    Pointers: input, out, bias, weight, seed.
-    """
-    p = _plan(shape, stride, dtype, bias > 0 or weight > 1)
-    constants = {"BIAS": _lookup(bias, p), **_constants(p, rule, weight, dtype)}
-    return Call(rectify.forward, (p.programs,), _numbers(p, rule, lower, upper), constants, p)
+def _rectify_call(like: Tensor, parameters: Parameters, rule: Rule, need: Need) -> Call:
+    weight = 0 if parameters.weight is None else parameters.weight.numel()
+    return rectify_call(like.shape, like.stride(), like.dtype, rule, parameters.bias is not None, weight, need)
 
 
 @functools.lru_cache(maxsize=4096)
-def backward_call(
-    shape: Shape,
-    stride: Shape,
-    dtype: torch.dtype,
-    rule: str,
-    lower: float,
-    upper: float,
-    bias: int,
-    weight: int,
-    need_bias: bool,
-    need_weight: bool,
+def rectify_call(
+    shape: Shape, stride: Shape, dtype: torch.dtype, rule: Rule, bias: bool, weight: int, need: Need
 ) -> Call:
-    """The backward launch; pointers: grad, saved, grad_input, bias, weight, seed, partials, tails.
+    """The launch of forward or, if it is given a ``grad``, backward for dense tensors.
 
-    The bias is None where the output was saved; partials and tails are None where nothing is summed.
+    ``bias``: whether there is one; ``weight``: its length, 0 if there is none.
     """
-    p = _plan(shape, stride, dtype, bias > 0 or need_bias or weight > 1)
-    constants = {
-        "BIAS": _lookup(bias, p),
-        "SUM_BIAS": need_bias,
-        "SUM_WEIGHT": need_weight,
-        "LOOKUP": p.lookup,
-        "SEGMENT": p.segment,
-        **_constants(p, rule, weight, dtype),
+    sums_bias = need.bias is not None
+    by_channel = bias or sums_bias or weight > 1
+    channels, inner = channel_layout(shape, stride) if by_channel else (1, math.prod(shape))
+    p = plan(math.prod(shape), channels, inner, dtype.itemsize)
+    summed = sums_bias or need.weight
+    scale, middle = struct.unpack("2q", struct.pack("2d", *rule.constants))
+    numbers = {
+        "scale": scale,
+        "middle": middle,
+        "channels": p.channels,
+        "inner": p.inner,
+        "row": p.row,
+        "columns": p.columns,
+        "vectors": p.vectors,
+        "tail": p.tail,
+        "tail_at": p.tail_at,
+        "entries": p.entries if summed else None,
+        "stride": p.partials if summed else None,
     }
-    numbers = (*_numbers(p, rule, lower, upper), p.entries, p.chunks * p.entries)
-    return Call(rectify.backward, (p.programs,), numbers, constants, p)
+    constants = {
+        "SLOPE": rule.slope,
+        "LOOKUP": p.lookup,
+        "WEIGHT": "one" if weight == 1 else p.lookup,
+        "SUM_BIAS": sums_bias,
+        "SUM_WEIGHT": need.weight,
+        "TAIL": p.tail > 0,
+        "INDEX_64": p.index_64,
+        "COUNTER_64": p.counter_64 and rule.random,
+        "V": VECTOR,
+        "DEPTH": p.depth,
+        "BESIDE": p.beside,
+        "DOWN": p.down,
+        "ACROSS": p.across,
+        "SEGMENT": p.segment if summed else 0,
+        "COMPUTE": _triton_type(_computed_in(dtype)),
+        **_OPTIONS,
+    }
+    return Call(rectify, (p.programs,), numbers, constants, p)
 
 
 @functools.lru_cache(maxsize=4096)
 def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
-    """The finishing sum; pointers: partials, tails, and one output or two (else None)."""
+    """The finishing sum."""
     slots, block = p.finish
+    numbers = {
+        "channels": p.channels,
+        "inner": p.inner,
+        "copies": p.copies,
+        "chunks": p.chunks,
+        "entries": p.entries,
+        "stride": p.partials,
+        "touched": p.touched,
+        "tail": p.tail,
+        "tail_at": p.tail_at,
+    }
     constants = {
         "UNIT": p.unit,
         "STEP": 2 if p.segment else 1,
         "TAIL": p.tail > 0,
-        "SUMS": sums,
-        "V": p.vector,
-        "WIDE": p.wide,
+        "V": VECTOR,
         "SLOTS": slots,
         "BLOCK": block,
+        "INDEX_64": p.index_64,
+        "SUMS": sums,
         "COMPUTE": _triton_type(compute),
-        "num_warps": 4,
-        "enable_fp_fusion": False,
+        **_OPTIONS,
     }
-    numbers = (
-        p.channels, p.inner, p.copies, p.chunks, p.entries, p.chunks * p.entries, p.touched, p.tail, p.tail_at
-    )  # fmt: skip
     return Call(reduce.finish, (-(-p.channels // block), sums), numbers, constants, p)
 
 
-def _plan(shape: Shape, stride: Shape, dtype: torch.dtype, by_channel: bool) -> Plan:
-    size = 1
-    for extent in shape:
-        size *= extent
-    channels, inner = channel_layout(shape, stride) if by_channel else (1, size)
-    return plan(size, channels, inner, dtype.itemsize)
+# Contracted products would no longer equal eager's bit for bit.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def _numbers(p: Plan, rule: str, lower: float, upper: float) -> tuple[int, ...]:
-    """The slope of the fixed rules, or scale and middle of the random ones, as bits of float64; then the shape."""
-    if RULES[rule].law:
-        lower, upper = (upper - lower) * 2.0**-32, (upper + lower) / 2
-    bits = struct.unpack("2q", struct.pack("2d", lower, upper))
-    return *bits, p.channels, p.inner, p.row, p.columns, p.vectors, p.tail, p.tail_at
-
-
-def _constants(p: Plan, rule: str, weight: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "RULE": rule,
-        "WEIGHT": _lookup(weight, p),
-        "TAIL": p.tail > 0,
-        "WIDE": p.wide,
-        "FAR": p.far,
-        "V": p.vector,
-        "DEPTH": p.depth,
-        "DOWN": p.lanes_down,
-        "ACROSS": p.across,
-        "COMPUTE": _triton_type(_compute(dtype)),
-        "num_warps": 4,
-        "enable_fp_fusion": False,  # contracted products would no longer equal eager's bit for bit
-    }
-
-
-def _lookup(length: int, p: Plan) -> str:
-    return "" if not length else "one" if length == 1 else p.lookup
-
-
-def _length(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else parameter.numel()
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -220,7 +187,7 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _require_a_driver_for_cpu_tensors() -> None:
     """RuntimeError unless Triton's interpreter, or a driver that is none of Triton's own GPU ones, is active."""
-    if not isinstance(rectify.forward, triton.JITFunction):
+    if not isinstance(rectify, triton.JITFunction):
         return
     try:
         active: Any = driver.active

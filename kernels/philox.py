@@ -17,9 +17,9 @@ def _round(c0, c1, c2, c3, k0, k1):
     a = c0.to(tl.uint64) * 0xD2511F53
     b = c2.to(tl.uint64) * 0xCD9E8D57
     return (
-        (b >> 32).to(tl.uint32) ^ c1 ^ k0,
+        (b >> 32).to(tl.uint32) ^ (c1 ^ k0),
         b.to(tl.uint32),
-        (a >> 32).to(tl.uint32) ^ c3 ^ k1,
+        (a >> 32).to(tl.uint32) ^ (c3 ^ k1),
         a.to(tl.uint32),
     )
 
@@ -47,19 +47,18 @@ def _four(counter, seed):
 
 
 @triton.jit
-def words(vector, seed, V: tl.constexpr):
-    """Words of the V elements of each vector: (..., 1) unsigned vector indices -> (..., V) int32.
+def words(vector, seed, V: tl.constexpr, LANES: tl.constexpr):
+    """Words of the V elements of each vector: (D, A, 1) unsigned vector indices -> (D, A, V) int32.
 
-    32-bit indices serve tensors of at most 2^34 elements: their second counter word is 0, which the compiler carries
-    through the first two rounds. Joining (r0, r2) with (r1, r3) puts word k of a counter at position k without leaving
-    registers.
+    LANES threads share a vector. 32-bit indices serve tensors of at most 2^34 elements: their second counter word is 0,
+    which the compiler carries through the first two rounds. Joining (r0, r2) with (r1, r3) puts word k of a counter at
+    position k without leaving registers, and so does joining the words of two counters that one thread computes.
     """
-    first = vector * (V // 4)
-    if V == 4:
-        r0, r1, r2, r3 = _four(first, seed)
-    else:
-        a0, a1, a2, a3 = _four(first, seed)
-        b0, b1, b2, b3 = _four(first + 1, seed)
+    if LANES == 1:
+        a0, a1, a2, a3 = _four(vector * 2, seed)
+        b0, b1, b2, b3 = _four(vector * 2 + 1, seed)
         r0, r1, r2, r3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
+    else:
+        r0, r1, r2, r3 = _four(vector * 2 + tl.arange(0, 2)[None, None, :].to(vector.dtype), seed)
     drawn = tl.join(tl.join(r0, r2), tl.join(r1, r3))
-    return drawn.to(tl.int32, bitcast=True)
+    return tl.reshape(drawn, vector.shape[0], vector.shape[1], V).to(tl.int32, bitcast=True)

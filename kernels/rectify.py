@@ -1,13 +1,17 @@
-"""The forward and the backward kernel of all four rectifiers; the slope rule is the only thing that varies.
+"""Bias and rectifier, forward and backward, in one kernel; the kind of slope and the sums are known when compiling.
 
-RULE is "relu", "leaky_relu", "prelu", "rrelu" or "rrelu_divisor", known when compiling. `plan.py` says what a tile is.
-Arithmetic is float32 (float64 for float64) and rounds once. Launch with enable_fp_fusion=False: contracted sums would
-no longer equal eager's bit for bit.
+SLOPE is one of `rules.SLOPES`; `plan.py` says what a tile is. Arithmetic is float32 (float64 for float64) and rounds
+once. Launch with enable_fp_fusion=False: contracted sums would no longer equal eager's bit for bit.
 
-All loads of a thread come before the slopes are made, and a barrier behind them (`tl.debug_barrier`: one instruction;
-no thread waits for data) keeps ptxas from moving them behind the arithmetic of the first. Without it PReLU's backward
-had 80 of its 256 bytes a thread under way on B200, the divisor law's forward 16 of 128.
+A tile is done in steps, one access of 16 bytes a thread each. The loads of all of them come first, and a barrier behind
+them (`tl.debug_barrier`: one instruction; no thread waits for data) keeps ptxas from moving them behind the arithmetic
+of the first. Without it PReLU's backward had 80 of its 256 bytes per thread in flight on B200, the divisor law's
+forward 16 of 128. Then step follows step: done all at once, the sides of 64 elements a thread, on which slope and bits
+both depend, do not fit the 7 predicates that a thread has (Leaky ReLU's forward:
+14.4 instructions per element for 11.1).
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,45 +20,154 @@ from .philox import words
 from .traffic import launch_metadata
 
 
+class Tensors(NamedTuple):
+    """Pointers or None."""
+
+    x: tl.tensor
+    grad: tl.tensor
+    out: tl.tensor
+    bits: tl.tensor
+
+
+class Parameters(NamedTuple):
+    """Pointers or None, and `Rule.constants` as the bits of two float64."""
+
+    bias: tl.tensor
+    weight: tl.tensor
+    seed: tl.tensor
+    scale: tl.tensor
+    middle: tl.tensor
+
+
+class Channels(NamedTuple):
+    """Position p of a row is in channel p // inner % count."""
+
+    count: tl.tensor
+    inner: tl.tensor
+    origin: tl.tensor  # the tile's first position
+
+
+class Tile(NamedTuple):
+    """Scalars, counted in vectors."""
+
+    chunk: tl.tensor  # number of the tile down the rows
+    corner: tl.tensor  # its first column
+    start: tl.tensor  # where its rows start in memory, int64
+    left: tl.tensor  # from there to the tensor's end
+    row: tl.tensor  # the length of a row
+
+
+class Elements(NamedTuple):
+    """Vectors of V elements, done at once: (DOWN, ACROSS, V), or (..., 1) where V share a value."""
+
+    start: tl.tensor  # the vector in memory that those below count from, int64
+    vector: tl.tensor
+    position: tl.tensor  # of each vector's first element in its row, unsigned
+    mask: tl.tensor  # vectors that exist, be it in part
+    live: tl.tensor  # elements that exist
+    in_row: tl.tensor  # those whose channel may be looked up
+
+
+# ---- where ----
+
+
 @triton.jit
-def _plane(origin, inner):
-    """Of the channel's plane that the place ``origin`` of a row is in: (its index, the place where it ends)."""
-    inner = tl.cast(inner, origin.dtype)
-    plane = origin // inner
+def _unsigned(position, INDEX_64: tl.constexpr):
+    """Unsigned: the division by a runtime value is cheaper."""
+    return position.to(tl.uint64 if INDEX_64 else tl.uint32)
+
+
+@triton.jit
+def _plane(c):
+    """(index, end) of the channel plane that the tile starts in."""
+    inner = tl.cast(c.inner, c.origin.dtype)
+    plane = c.origin // inner
     return plane, (plane + 1) * inner
 
 
 @triton.jit
-def _channel_values(
-    pointer, first, origin, inner, channels, mask, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """The parameter of each element: ``first`` (1, 1, G, 1) is the place in the row of each vector's first element.
+def _tile(row, columns, vectors, ROWS: tl.constexpr, WIDTH: tl.constexpr, INDEX_64: tl.constexpr):
+    column, chunk = tl.program_id(0), 0
+    if ROWS > 1:  # else there is one row only
+        chunk = column // columns
+        column -= chunk * columns
+    if INDEX_64:
+        column = column.to(tl.int64)
+    start = tl.cast(chunk * ROWS, tl.int64) * row
+    left = tl.minimum(vectors - start, 0x7FFFFFFF if not INDEX_64 else vectors)
+    return Tile(chunk, column * WIDTH, start, left if INDEX_64 else left.to(tl.int32), row)
 
-    In a tile of at most two channels, ``origin`` is its first place, and ``first`` may be places of elements as well.
-    """
-    if LOOKUP == "one":
+
+@triton.jit
+def _step(
+    tile, d, b, V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, INDEX_64: tl.constexpr
+):  # fmt: skip
+    """The elements of the tile's step (d, b)."""
+    r = d * DOWN + tl.arange(0, DOWN)[:, None, None]
+    if INDEX_64:
+        r = r.to(tl.int64)
+    g = tile.corner + b * ACROSS + tl.arange(0, ACROSS)[None, :, None]
+    vector = r * tile.row + g
+    mask = vector < tile.left
+    in_row = mask
+    if DEPTH * DOWN > 1:  # a single row ends where the tensor does
+        in_row = g < tile.row
+        mask &= in_row
+    return Elements(tile.start, vector, _unsigned(g * V, INDEX_64), mask, mask, in_row)
+
+
+@triton.jit
+def _tail(vectors, tail, tail_at, V: tl.constexpr, INDEX_64: tl.constexpr):
+    """The last elements, which fill no vector."""
+    zero = tl.zeros((1, 1, 1), tl.int64 if INDEX_64 else tl.int32)
+    live = tl.arange(0, V)[None, None, :] < tail
+    return Elements(tl.cast(vectors, tl.int64), zero, _unsigned(tail_at + zero, INDEX_64), zero == 0, live, live)
+
+
+# ---- parameters ----
+
+
+@triton.jit
+def _look_up(pointer, e, c, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The parameter of each element, 0.0 where there is none; see `plan.py` for LOOKUP."""
+    j = tl.arange(0, V)[None, None, :].to(e.position.dtype)
+    count = tl.cast(c.count, e.position.dtype)
+    inner = tl.cast(c.inner, e.position.dtype)
+    if pointer is None:
+        value = 0.0
+    elif LOOKUP == "one":
         value = tl.load(pointer).to(COMPUTE)
-    elif LOOKUP == "tile" or LOOKUP == "seam":
-        plane, end = _plane(origin, inner)
-        channel = plane % tl.cast(channels, origin.dtype)
-        following = tl.where(channel + 1 == tl.cast(channels, origin.dtype), 0, channel + 1)
-        value = tl.where(first < end, tl.load(pointer + channel).to(COMPUTE), tl.load(pointer + following).to(COMPUTE))
+    elif LOOKUP == "element":
+        channel = (e.position + j) // inner % count
+        value = tl.load(pointer + channel, mask=e.in_row & (j >= 0), other=0).to(COMPUTE)
+    elif LOOKUP == "plane" or LOOKUP == "seam":
+        plane, end = _plane(c)
+        channel = plane % count
+        following = tl.where(channel + 1 == count, 0, channel + 1)
+        here, there = tl.load(pointer + channel).to(COMPUTE), tl.load(pointer + following).to(COMPUTE)
+        value = tl.where((e.position + j if LOOKUP == "seam" else e.position) < end, here, there)
     else:
-        inner = tl.cast(inner, first.dtype)
-        channels = tl.cast(channels, first.dtype)
-        j = tl.arange(0, V)[None, None, None, :]
-        if LOOKUP == "element":
-            channel = (first + j.to(first.dtype)) // inner % channels
-            value = tl.load(pointer + channel, mask=mask & (j >= 0), other=0).to(COMPUTE)
-        else:
-            plane = first // inner
-            channel = plane % channels
-            value = tl.load(pointer + channel, mask=mask, other=0).to(COMPUTE)
-            if LOOKUP == "split":
-                following = tl.where(channel + 1 == channels, 0, channel + 1)
-                second = tl.load(pointer + following, mask=mask, other=0).to(COMPUTE)
-                value = tl.where(j.to(first.dtype) < (plane + 1) * inner - first, value, second)
+        plane = e.position // inner
+        channel = plane % count
+        value = tl.load(pointer + channel, mask=e.in_row, other=0).to(COMPUTE)
+        if LOOKUP == "split":
+            following = tl.where(channel + 1 == count, 0, channel + 1)
+            second = tl.load(pointer + following, mask=e.in_row, other=0).to(COMPUTE)
+            value = tl.where(j < (plane + 1) * inner - e.position, value, second)
     return value
+
+
+@triton.constexpr_function
+def _parameters_first(slope, lookup):
+    """Whether the parameters come before the inputs. If not, nothing can use an input before they are there.
+
+    But a column's eight or sixteen look-ups take many registers: behind the loads they made ptxas spill. And so did
+    any where little else happens.
+    """
+    return slope in ("zero", "constant") or lookup == "element"
+
+
+# ---- the rule ----
 
 
 @triton.jit
@@ -64,15 +177,20 @@ def _number(bits, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _slope(weight, vector, seed, lower, upper, RULE: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """The negative side's slope; ``lower`` and ``upper`` are scale and middle of the random rules, made by the host."""
-    if RULE == "prelu":
+def _key(p):
+    """The seed of random slopes. Read behind the barrier, or ptxas would make the slopes before the loads."""
+    return 0 if p.seed is None else tl.load(p.seed)
+
+
+@triton.jit
+def _slope(p, weight, key, vector, SLOPE: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The negative side's slope; ``vector``: unsigned indices of the vectors in memory."""
+    if SLOPE == "learned":
         return weight
-    elif RULE == "rrelu" or RULE == "rrelu_divisor":
-        drawn = words(vector, tl.load(seed), V).to(COMPUTE)
-        drawn = tl.reshape(drawn, vector.shape[0], vector.shape[1], vector.shape[2], V)
-        value = tl.fma(drawn, _number(lower, COMPUTE), _number(upper, COMPUTE))
-        if RULE == "rrelu_divisor":
+    elif SLOPE == "drawn" or SLOPE == "drawn divisor":
+        drawn = words(vector, key, V, LANES).to(COMPUTE)
+        value = tl.fma(drawn, _number(p.scale, COMPUTE), _number(p.middle, COMPUTE))
+        if SLOPE == "drawn divisor":
             # A division that rounds correctly calls a subroutine, the fast one takes 7 instructions to cover all of
             # float32. The root's square takes 2, and a Newton step brings it within 1 ulp.
             root = tl.rsqrt(value)
@@ -80,353 +198,297 @@ def _slope(weight, vector, seed, lower, upper, RULE: tl.constexpr, V: tl.constex
             value = tl.fma(inverse, tl.fma(-value, inverse, 1.0), inverse)
         return value
     else:
-        return _number(lower, COMPUTE)
+        return _number(p.scale, COMPUTE)
 
 
 @triton.jit
-def _is_negative(z, RULE: tl.constexpr):
+def _is_negative(z, SLOPE: tl.constexpr):
     """Which side NaN takes is eager's choice: threshold and rrelu test z <= 0, leaky_relu and prelu test z > 0."""
-    if RULE == "leaky_relu" or RULE == "prelu":
+    if SLOPE == "constant" or SLOPE == "learned":
         return ~(z > 0)
     else:
         return z <= 0
 
 
 @triton.jit
-def _rectify(z, slope, RULE: tl.constexpr):
-    if RULE == "relu":
-        # One `max` instruction. It makes +0.0 of -0.0, which CPU torch keeps, as z < 0 would for two instructions more.
-        return tl.where(_is_negative(z, RULE), 0.0, z)
+def _rectified(value, negative, slope, SLOPE: tl.constexpr):
+    if SLOPE == "zero":
+        # Of z itself one `max`, which makes +0.0 of -0.0. CPU torch keeps it, as z < 0 would for two instructions more.
+        return tl.where(negative, 0.0, value)
     else:
-        return tl.where(_is_negative(z, RULE), z * slope, z)
+        return tl.where(negative, value * slope, value)
+
+
+# ---- bits: bit i % 8 of byte i // 8 for the element at position i of the memory, so a byte for each vector ----
 
 
 @triton.jit
-def _derivative(grad, z, slope, RULE: tl.constexpr):
-    if RULE == "relu":
-        return tl.where(_is_negative(z, RULE), 0.0, grad)
-    else:
-        return tl.where(_is_negative(z, RULE), grad * slope, grad)
+def _byte_of(vector, LANES: tl.constexpr):
+    """(D, A, 1) vectors -> (D, A, LANES): each lane of the LANES that share a vector addresses its byte.
 
-
-@triton.jit
-def _tile(row, columns, vectors, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, WIDE: tl.constexpr):
-    """This program's tile: its rows' number, their first vector, the vectors left from there; its rows; its corner."""
-    column, chunk = tl.program_id(0), 0
-    if DEPTH > 1:  # else there is one row only
-        chunk = column // columns
-        column -= chunk * columns
-    r = tl.arange(0, DEPTH)[:, None, None, None] * DOWN + tl.arange(0, DOWN)[None, :, None, None]
-    if WIDE:
-        column = column.to(tl.int64)
-        r = r.to(tl.int64)
-    start = tl.cast(chunk * (DEPTH * DOWN), tl.int64) * row
-    left = tl.minimum(vectors - start, 0x7FFFFFFF if not WIDE else vectors)
-    return chunk, start, left if WIDE else left.to(tl.int32), r, column * ACROSS
-
-
-@triton.jit
-def _vectors(r, corner, row, left, ACROSS: tl.constexpr):
-    """A tile's vectors: their columns, their places behind its start, whether in the row, whether in the tensor too."""
-    g = corner + tl.arange(0, ACROSS)[None, None, :, None]
-    behind = r * row + g
-    in_row = g < row
-    return g, behind, in_row, in_row & (behind < left)
-
-
-@triton.jit
-def _seam(corner, inner, V: tl.constexpr, WIDE: tl.constexpr):
-    """The first vector behind the tile's corner that holds elements of two channels; -1 if they change between two."""
-    _, end = _plane(_unsigned(corner * V, WIDE), inner)
-    return tl.where(end % V == 0, -1, (end // V).to(corner.dtype))
-
-
-@triton.jit
-def _unsigned(position, WIDE: tl.constexpr):
-    """Unsigned: the division by a runtime value is cheaper."""
-    return position.to(tl.uint64 if WIDE else tl.uint32)
-
-
-@triton.jit
-def _counted(vector, FAR: tl.constexpr):
-    """Vector indices as Philox counts them: in 64 bits only where the tensor is FAR, past 2^34 elements."""
-    return vector.to(tl.uint64 if FAR else tl.uint32)
-
-
-@triton.jit
-def _tail(vectors, tail, tail_at, V: tl.constexpr, WIDE: tl.constexpr):
-    """The last elements, which fill no vector: (their vector, its first element's place in the row, mask)."""
-    vector = tl.zeros((1, 1, 1, 1), tl.int64) + vectors  # Triton makes a constant of a count of 1: no vectors.to()
-    first = tail_at + tl.zeros((1, 1, 1, 1), tl.int64 if WIDE else tl.int32)
-    return vector, _unsigned(first, WIDE), tl.arange(0, V)[None, None, None, :] < tail
-
-
-@triton.constexpr_function
-def _each(lookup):
-    """The lookup of the tail: its elements may belong to any channels."""
-    return lookup if lookup in ("", "one") else "element"
-
-
-@triton.constexpr_function
-def _looked_up_first(rule, bias, weight):
-    """Whether the parameters come before the inputs. If not, nothing can use an input before they are there.
-
-    But a column's eight or sixteen look-ups take many registers: behind the loads they made ptxas spill. And so did
-    any where little else happens.
+    By a division, which hides from the compiler that neighbouring addresses are adjacent: it would have a thread
+    access several bytes at once, and carry them to the lanes that need them through shared memory.
     """
-    return rule in ("relu", "leaky_relu") or "element" in (bias, weight)
+    return (vector * LANES + tl.arange(0, LANES)[None, None, :]) // LANES
 
 
 @triton.jit
-def _parameters(
-    bias, weight, channels, inner, first, origin, mask,
-    BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """(bias, weight) of each element; BIAS and WEIGHT are the lookups of the two parameters, or "" for none."""
-    shift = 0.0
-    if BIAS != "":
-        shift = _channel_values(bias, first, origin, inner, channels, mask, BIAS, V, COMPUTE)
-    learned = 0.0
-    if WEIGHT != "":
-        learned = _channel_values(weight, first, origin, inner, channels, mask, WEIGHT, V, COMPUTE)
-    return shift, learned
+def _store_bits(bits, negative, e, V: tl.constexpr, LANES: tl.constexpr):
+    own = tl.where(negative, tl.full((1,), 1, tl.uint32) << tl.arange(0, V)[None, None, :], 0)
+    own = tl.reshape(own, negative.shape[0], negative.shape[1], LANES, V // LANES)
+    # Without the product, of which the upper byte is the lowest again, LLVM calculates in bytes, and packs them first.
+    byte = tl.sum(tl.sum(own, axis=3), axis=2, keep_dims=True) * 0x01010101 >> 24
+    at = bits + e.start + _byte_of(e.vector, LANES)
+    first = tl.arange(0, LANES)[None, None, :] == 0
+    tl.store(at, tl.broadcast_to(byte, at.shape).to(tl.uint8), mask=e.mask & first)
 
 
 @triton.jit
-def _forward(
-    x, out, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    z = x.to(COMPUTE)
-    if BIAS != "":
-        z += shift
-    tl.store(out + offset, _rectify(z, slope, RULE).to(out.dtype.element_ty), mask=mask)
+def _unpacked(byte, V: tl.constexpr, LANES: tl.constexpr):
+    own = byte.to(tl.int32) >> (tl.arange(0, LANES) * (V // LANES))[None, None, :]
+    place = tl.arange(0, V // LANES)[None, None, None, :]
+    negative = (tl.expand_dims(own, 3) & (1 << place)) != 0
+    return tl.reshape(negative, byte.shape[0], byte.shape[1], V)
+
+
+# ---- one step ----
 
 
 @triton.jit
-def _forward_few(
-    input, out, bias, weight, seed, lower, upper, channels, inner, vector, first, origin, offset, mask,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The elements that the tiles leave out: behind the last whole vector, or in a vector of two channels."""
-    shift, learned = _parameters(bias, weight, channels, inner, first, origin, mask, BIAS, WEIGHT, V, COMPUTE)
-    slope = _slope(learned, vector, seed, lower, upper, RULE, V, COMPUTE)
-    _forward(tl.load(input + offset, mask=mask), out, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
+def _load(t, e, LANES: tl.constexpr, V: tl.constexpr):
+    """(z without its bias, itself), or (grad, the byte of bits in each lane, or z without its bias).
+
+    Absent vectors have no gradient, and bits of 0, or an infinite z: any finite bias leaves them on the positive side,
+    where no slope (inf among them) reaches the sums.
+    """
+    offset = e.vector * V + tl.arange(0, V)[None, None, :]
+    if t.grad is None:
+        value = tl.load(t.x + e.start * V + offset, mask=e.live)
+        side = value
+    else:
+        value = tl.load(t.grad + e.start * V + offset, mask=e.live, other=0)
+        if t.x is None:
+            at = t.bits + e.start + _byte_of(e.vector, LANES)
+            side = tl.load(at, mask=tl.broadcast_to(e.mask, at.shape), other=0)
+        else:
+            side = tl.load(t.x + e.start * V + offset, mask=e.live, other=float("inf"))
+    return value, side
 
 
-@triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
-def forward(
-    input, out, bias, weight, seed, lower: "i64", upper: "i64", channels, inner, row, columns, vectors, tail, tail_at,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
-    FAR: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+@triton.jit
+def _apply(
+    loaded, t, p, e, bias, weight, key, SLOPE: tl.constexpr, WHOLE: tl.constexpr, COUNTER_64: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """out = rectify(input + bias); BIAS and WEIGHT are the lookups of the two parameters, or ""."""
-    j = tl.arange(0, V)[None, None, None, :]
-    _, start, left, r, corner = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    g, behind, in_row, mask = _vectors(r, corner, row, left, ACROSS)
-    at, origin = start * V, _unsigned(corner * V, WIDE)
-    if BIAS == "seam" or WEIGHT == "seam":
-        seam = _seam(corner, inner, V, WIDE)
-        mask &= g != seam
-    FIRST: tl.constexpr = _looked_up_first(RULE, BIAS, WEIGHT)
-    if FIRST:
-        shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
-        )  # fmt: skip
-    x = tl.load(input + at + (behind * V + j), mask=mask)
-    tl.debug_barrier()
-    if not FIRST:
-        shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
-        )  # fmt: skip
-    slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
-    _forward(x, out + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
-    if BIAS == "seam" or WEIGHT == "seam":
-        if (seam >= 0) & (seam < tl.minimum(corner + ACROSS, row)):
-            within = r * row + seam
-            _forward_few(
-                input + at, out + at, bias, weight, seed, lower, upper, channels, inner, _counted(start + within, FAR),
-                _unsigned(seam * V + j, WIDE), origin, within * V + j, (within < left) & (j >= 0),
-                RULE, BIAS, WEIGHT, V, COMPUTE,
-            )  # fmt: skip
-    if TAIL:
-        if tl.program_id(0) == 0:
-            last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            _forward_few(
-                input, out, bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first, origin,
-                last * V + j, ragged, RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
-            )  # fmt: skip
+    """Stores `out` and, in forward, `bits`; returns what grad_bias and grad_weight sum, 0 for absent elements.
+
+    WHOLE: no vector exists in part.
+    """
+    value, side = loaded
+    counted = (e.start + e.vector).to(tl.uint64 if COUNTER_64 else tl.uint32)
+    slope = _slope(p, weight, key, counted, SLOPE, LANES, V, COMPUTE)
+    if t.x is None:
+        z = value
+        negative = _unpacked(side, V, LANES)
+    else:
+        z = side.to(COMPUTE)
+        if p.bias is not None:
+            z += bias
+        negative = _is_negative(z, SLOPE)
+    if t.grad is None:
+        value = z
+        if t.bits is not None:
+            _store_bits(t.bits, negative if WHOLE else negative & e.live, e, V, LANES)
+    value = value.to(COMPUTE)
+    result = _rectified(value, negative, slope, SLOPE)
+    offset = e.vector * V + tl.arange(0, V)[None, None, :]
+    tl.store(t.out + e.start * V + offset, result.to(t.out.dtype.element_ty), mask=e.live)
+    learned = result
+    if SLOPE == "learned":
+        learned = tl.where(negative, value * z, 0.0)
+    return result, learned
+
+
+# ---- sums ----
+
+
+@triton.jit
+def _of_segments(
+    values, c, first, LOOKUP: tl.constexpr, V: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """(ACROSS, V) -> two of (ACROSS,): of the channel that each vector's segment starts in, and of the next one."""
+    lane = tl.arange(0, ACROSS)
+    vector = first + lane
+    boundary = ((vector - lane % SEGMENT) * V // c.inner + 1) * c.inner
+    left = boundary - vector * V  # in the segment's first channel
+    if LOOKUP == "split":
+        belongs = tl.arange(0, V)[None, :] < left[:, None]
+        return tl.sum(tl.where(belongs, values, 0.0), axis=1), tl.sum(tl.where(belongs, 0.0, values), axis=1)
+    else:
+        values = tl.sum(values, axis=1)
+        return tl.where(left > 0, values, 0.0), tl.where(left > 0, 0.0, values)
+
+
+@triton.jit
+def _of_tile(
+    sums, c, tile, LOOKUP: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr
+):  # fmt: skip
+    """The same where the whole tile is one segment; a vector of two channels is split at the end."""
+    _, end = _plane(c)
+    seam = (end // V).to(tile.corner.dtype)
+    for b in tl.static_range(BESIDE):
+        values = tl.sum(sums[b], axis=0)
+        vector = tile.corner + b * ACROSS + tl.arange(0, ACROSS)
+        whole = tl.sum(values, axis=1)
+        of_head = tl.where(vector < seam, whole, 0.0)
+        of_rest = tl.where(vector > seam, whole, 0.0) if LOOKUP == "seam" else tl.where(vector < seam, 0.0, whole)
+        of_both = tl.where((vector == seam)[:, None], values, 0.0)
+        if b == 0:
+            head, rest, shared = of_head, of_rest, of_both
+        else:
+            head += of_head
+            rest += of_rest
+            shared += of_both  # the last choice of ``values`` instead would make ptxas spill
+    if LOOKUP == "seam":
+        before = (tl.arange(0, V) < (end % V).to(tl.int32))[None, :]
+        head += tl.sum(tl.where(before, shared, 0.0), axis=1)
+        rest += tl.sum(tl.where(before, 0.0, shared), axis=1)
+    return head, rest
+
+
+@triton.jit
+def _store_segments(to, head, rest, first, ACROSS: tl.constexpr, SEGMENT: tl.constexpr):
+    """The two sums of each segment; ``first``: the number of the first one."""
+    count: tl.constexpr = ACROSS // SEGMENT
+    both = tl.sum(tl.reshape(tl.join(head, rest), count, SEGMENT, 2), axis=1)
+    at = (first + tl.arange(0, count))[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(to + at, both)
 
 
 @triton.jit
 def _store_sums(
-    partials, values, seams, seam, g, chunk, corner, row, inner, entries, stride,
-    LOOKUP: tl.constexpr, V: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, SUMS: tl.constexpr,
-    WIDE: tl.constexpr,
+    to, sums, c, tile, LOOKUP: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile's sums: each column's, or each segment's of the channel it starts in and of the next one.
-
-    ``values`` (DEPTH, DOWN, ACROSS, V) holds the summands of grad_bias or grad_weight, or (..., V, 2) those of both;
-    ``seams`` the two sums of the vector ``seam``, which holds elements of both channels.
-    """
-    values = tl.sum(tl.sum(values, axis=0), axis=0)  # first a thread's own rows, then the threads below
-    to = partials + tl.cast(chunk, tl.int64) * entries
-    vector = tl.reshape(g, ACROSS)
-    if SEGMENT == 0:
-        element = vector[:, None] * V + tl.arange(0, V)[None, :]
-        at = _by_sum(element, stride, 2, SUMS)
-        tl.store(to + at, values, mask=_by_sum(element < row * V, None, 2, SUMS))
+    """One tile's sums, each column's or each segment's; ``sums``: (DOWN, ACROSS, V) of each of its BESIDE columns."""
+    if SEGMENT > ACROSS:
+        head, rest = _of_tile(sums, c, tile, LOOKUP, V, BESIDE, ACROSS)
+        _store_segments(to, head, rest, tile.corner // SEGMENT, ACROSS, ACROSS)
     else:
-        begin = (vector - tl.arange(0, ACROSS) % SEGMENT) * V
-        if LOOKUP == "tile" or LOOKUP == "seam":
-            _, end = _plane(_unsigned(corner * V, WIDE), inner)
-            boundary = tl.where(begin < end.to(begin.dtype), end.to(begin.dtype), (begin + SEGMENT * V))
-        else:
-            boundary = (begin // inner + 1) * inner
-        if LOOKUP == "split":
-            belongs = _by_sum(tl.arange(0, V)[None, :] < (boundary - vector * V)[:, None], None, 2, SUMS)
-            head = tl.sum(tl.where(belongs, values, 0.0), axis=1)
-            rest = tl.sum(tl.where(belongs, 0.0, values), axis=1)
-        else:
-            values = tl.sum(values, axis=1)
-            belongs = _by_sum(vector * V < boundary, None, 1, SUMS)
-            head = tl.where(belongs, values, 0.0)
-            rest = tl.where(belongs, 0.0, values)
-        count: tl.constexpr = ACROSS // SEGMENT
-        both = tl.join(head, rest)
-        both = tl.reshape(both, count, SEGMENT, 2, 2) if SUMS == 2 else tl.reshape(both, count, SEGMENT, 2)
-        segment = corner // SEGMENT + tl.arange(0, count)
-        at = segment[:, None] * 2 + tl.arange(0, 2)[None, :]
-        both = tl.sum(both, axis=1)
-        if LOOKUP == "seam":
-            mine = segment[:, None] == seam // SEGMENT
-            both += tl.where(tl.expand_dims(mine, 2) if SUMS == 2 else mine, seams, 0.0)
-        tl.store(to + _by_sum(at, stride, 1, SUMS), both)
+        for b in tl.static_range(BESIDE):
+            values = tl.sum(sums[b], axis=0)
+            first = tile.corner + b * ACROSS
+            if SEGMENT == 0:
+                element = (first + tl.arange(0, ACROSS)[:, None]) * V + tl.arange(0, V)[None, :]
+                tl.store(to + element, values, mask=element < tile.row * V)
+            else:
+                head, rest = _of_segments(values, c, first, LOOKUP, V, ACROSS, SEGMENT)
+                _store_segments(to, head, rest, first // SEGMENT, ACROSS, SEGMENT)
+
+
+# ---- the kernel ----
 
 
 @triton.jit
-def _sum_seam(values, seam, corner, inner, V: tl.constexpr, SUMS: tl.constexpr, WIDE: tl.constexpr):
-    """Sums of the seam's vector, of the channel before it and the one behind it: (1, 2), or (1, 2, 2) of two sums."""
-    values = tl.sum(tl.sum(values, axis=0), axis=0)
-    _, end = _plane(_unsigned(corner * V, WIDE), inner)
-    before = _by_sum(_unsigned(seam * V + tl.arange(0, V)[None, :], WIDE) < end, None, 2, SUMS)
-    return tl.join(tl.sum(tl.where(before, values, 0.0), axis=1), tl.sum(tl.where(before, 0.0, values), axis=1))
-
-
-@triton.jit
-def _by_sum(at, stride, AXIS: tl.constexpr, SUMS: tl.constexpr):
-    """Where two sums are kept, they lie along their own axis and ``stride`` apart."""
-    if SUMS == 2:
-        at = tl.expand_dims(at, AXIS)
-        if stride is not None:
-            lane = tl.arange(0, 2)
-            lane = lane[None, None, :] if AXIS == 2 else lane[None, :, None]
-            at += lane * stride
-    return at
-
-
-@triton.jit
-def _load_both(grad, saved, offset, mask):
-    """Lanes without an element: no gradient, and infinite, so that any finite bias leaves them on the positive side,
-    where no slope (inf among them) reaches the sums."""
-    return tl.load(grad + offset, mask=mask, other=0), tl.load(saved + offset, mask=mask, other=float("inf"))
-
-
-@triton.jit
-def _backward(
-    grad, saved, grad_input, shift, slope, offset, mask, RULE: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """Stores grad_input; returns what grad_bias and grad_weight sum, 0 where ``mask`` is off."""
-    dy = grad.to(COMPUTE)
-    z = saved.to(COMPUTE)
-    if BIAS != "":
-        z += shift
-    dx = _derivative(dy, z, slope, RULE)
-    tl.store(grad_input + offset, dx.to(grad_input.dtype.element_ty), mask=mask)
-    return dx, tl.where(_is_negative(z, RULE), dy * z, 0.0)
-
-
-@triton.jit
-def _summands(dx, dw, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr):
-    if SUM_BIAS and SUM_WEIGHT:
-        values = tl.join(dx, dw)
-    elif SUM_BIAS:
-        values = dx
-    else:
-        values = dw
-    return values
-
-
-@triton.jit
-def _backward_few(
-    grad, saved, grad_input, bias, weight, seed, lower, upper, channels, inner, vector, first, origin, offset, mask,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+def _do_tile(
+    t, p, c, tile, partials, entries, stride,
+    SLOPE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
+    INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr,
+    BESIDE: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The elements that the tiles leave out: behind the last whole vector, or in a vector of two channels."""
-    shift, learned = _parameters(bias, weight, channels, inner, first, origin, mask, BIAS, WEIGHT, V, COMPUTE)
-    slope = _slope(learned, vector, seed, lower, upper, RULE, V, COMPUTE)
-    dy, x = _load_both(grad, saved, offset, mask)
-    return _backward(dy, x, grad_input, shift, slope, offset, mask, RULE, BIAS, COMPUTE)
-
-
-@triton.jit(do_not_specialize=["lower", "upper", "tail_at"], launch_metadata=launch_metadata)
-def backward(
-    grad, saved, grad_input, bias, weight, seed, partials, tails, lower: "i64", upper: "i64",
-    channels, inner, row, columns, vectors, tail, tail_at, entries, stride,
-    RULE: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
-    TAIL: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, LOOKUP: tl.constexpr, SEGMENT: tl.constexpr,
-    V: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    SUMS: tl.constexpr = SUM_BIAS + SUM_WEIGHT
-    """grad_input, and in the same pass the partial sums of grad_bias and grad_weight, each written by one program.
-
-    ``saved`` is the output (BIAS == "") or the convolution's, to which the bias is added again.
-    """
-    j = tl.arange(0, V)[None, None, None, :]
-    chunk, start, left, r, corner = _tile(row, columns, vectors, DEPTH, DOWN, ACROSS, WIDE)
-    g, behind, in_row, mask = _vectors(r, corner, row, left, ACROSS)
-    at, origin = start * V, _unsigned(corner * V, WIDE)
-    seam = -1
-    if LOOKUP == "seam":
-        seam = _seam(corner, inner, V, WIDE)
-        mask &= g != seam
-    FIRST: tl.constexpr = _looked_up_first(RULE, BIAS, WEIGHT)
+    FIRST: tl.constexpr = _parameters_first(SLOPE, LOOKUP)
+    parameters = ()
+    loaded = ()
     if FIRST:
-        shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
-        )  # fmt: skip
-    dy, x = _load_both(grad + at, saved + at, behind * V + j, mask)
+        for b in tl.static_range(BESIDE):
+            e = _step(tile, 0, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
+            bias, weight = _look_up(p.bias, e, c, LOOKUP, V, COMPUTE), _look_up(p.weight, e, c, WEIGHT, V, COMPUTE)
+            parameters += ((bias, weight),)
+    for b in tl.static_range(BESIDE):
+        for d in tl.static_range(DEPTH):
+            loaded += (_load(t, _step(tile, d, b, V, DEPTH, DOWN, ACROSS, INDEX_64), LANES, V),)
     tl.debug_barrier()
-    if not FIRST:
-        shift, learned = _parameters(
-            bias, weight, channels, inner, _unsigned(g * V, WIDE), origin, in_row, BIAS, WEIGHT, V, COMPUTE
-        )  # fmt: skip
-    slope = _slope(learned, _counted(start + behind, FAR), seed, lower, upper, RULE, V, COMPUTE)
-    dx, dw = _backward(dy, x, grad_input + at, shift, slope, behind * V + j, mask, RULE, BIAS, COMPUTE)
-    seams = tl.zeros((1, 2, 2) if SUMS == 2 else (1, 2), COMPUTE)
+    key = _key(p)
+    bias_sums = ()
+    weight_sums = ()
+    for b in tl.static_range(BESIDE):
+        e = _step(tile, 0, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
+        if FIRST:
+            bias, weight = parameters[b]
+        else:
+            bias, weight = _look_up(p.bias, e, c, LOOKUP, V, COMPUTE), _look_up(p.weight, e, c, WEIGHT, V, COMPUTE)
+        dx, dw = _apply(loaded[b * DEPTH], t, p, e, bias, weight, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
+        for d in tl.static_range(1, DEPTH):
+            e = _step(tile, d, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
+            more = _apply(loaded[b * DEPTH + d], t, p, e, bias, weight, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
+            dx += more[0]
+            dw += more[1]
+        bias_sums += (dx,)
+        weight_sums += (dw,)
+    if SUM_BIAS or SUM_WEIGHT:
+        to = partials + tl.cast(tile.chunk, tl.int64) * entries
+        if SUM_BIAS:
+            _store_sums(to, bias_sums, c, tile, LOOKUP, V, BESIDE, ACROSS, SEGMENT)
+            to += stride
+        if SUM_WEIGHT:
+            _store_sums(to, weight_sums, c, tile, LOOKUP, V, BESIDE, ACROSS, SEGMENT)
+
+
+@triton.constexpr_function
+def _refined(lookup, by):
+    """``lookup`` where the planner's does not hold: "element" in the tail, "plane" in a tile without a seam."""
+    return lookup if lookup == "one" else by
+
+
+@triton.jit(
+    do_not_specialize=["scale", "middle", "tail_at"],
+    do_not_specialize_on_alignment=["bits"],
+    launch_metadata=launch_metadata,
+)
+def rectify(
+    x, grad, out, bits, bias, weight, seed, partials, scale: "i64", middle: "i64",
+    channels, inner, row, columns, vectors, tail, tail_at, entries, stride,
+    SLOPE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
+    TAIL: tl.constexpr, INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr,
+    BESIDE: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """out = rectify(x + bias), and which elements are negative into ``bits``, unless that is None.
+
+    With ``grad``, out = grad_input, from ``bits`` or, where ``x`` is given, from forward's input; and partial sums of
+    grad_bias and grad_weight, each written by one program.
+    """
+    LANES: tl.constexpr = V * out.dtype.element_ty.primitive_bitwidth // 128
+    t = Tensors(x, grad, out, bits)
+    p = Parameters(bias, weight, seed, scale, middle)
+    tile = _tile(row, columns, vectors, DEPTH * DOWN, BESIDE * ACROSS, INDEX_64)
+    c = Channels(channels, inner, _unsigned(tile.corner * V, INDEX_64))
     if LOOKUP == "seam":
-        if (seam >= 0) & (seam < tl.minimum(corner + ACROSS, row)):
-            within = r * row + seam
-            seam_dx, seam_dw = _backward_few(
-                grad + at, saved + at, grad_input + at, bias, weight, seed, lower, upper, channels, inner,
-                _counted(start + within, FAR), _unsigned(seam * V + j, WIDE), origin, within * V + j,
-                (within < left) & (j >= 0), RULE, BIAS, WEIGHT, V, COMPUTE,
+        _, end = _plane(c)
+        if (end % V != 0) & ((end // V).to(tile.corner.dtype) < tl.minimum(tile.corner + BESIDE * ACROSS, row)):
+            _do_tile(
+                t, p, c, tile, partials, entries, stride, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64,
+                COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
             )  # fmt: skip
-            if SUMS > 0:
-                values = _summands(seam_dx, seam_dw, SUM_BIAS, SUM_WEIGHT)
-                seams = _sum_seam(values, seam, corner, inner, V, SUMS, WIDE)
-    if SUMS > 0:
-        _store_sums(
-            partials, _summands(dx, dw, SUM_BIAS, SUM_WEIGHT), seams, seam, g, chunk, corner, row, inner, entries,
-            stride, LOOKUP, V, ACROSS, SEGMENT, SUMS, WIDE,
+        else:
+            _do_tile(
+                t, p, c, tile, partials, entries, stride, SLOPE, "plane", _refined(WEIGHT, "plane"), SUM_BIAS,
+                SUM_WEIGHT, INDEX_64, COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
+            )  # fmt: skip
+    else:
+        _do_tile(
+            t, p, c, tile, partials, entries, stride, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64,
+            COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
         )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:
-            last, first, ragged = _tail(vectors, tail, tail_at, V, WIDE)
-            last_dx, last_dw = _backward_few(
-                grad, saved, grad_input, bias, weight, seed, lower, upper, channels, inner, _counted(last, FAR), first,
-                origin, last * V + j, ragged, RULE, _each(BIAS), _each(WEIGHT), V, COMPUTE,
-            )  # fmt: skip
-            if SUMS > 0:
-                values = tl.reshape(_summands(last_dx, last_dw, SUM_BIAS, SUM_WEIGHT), V * SUMS)
-                tl.store(tails + tl.arange(0, V * SUMS), values)
+            e = _tail(vectors, tail, tail_at, V, INDEX_64)
+            b = _look_up(p.bias, e, c, _refined(LOOKUP, "element"), V, COMPUTE)
+            w = _look_up(p.weight, e, c, _refined(WEIGHT, "element"), V, COMPUTE)
+            dx, dw = _apply(_load(t, e, LANES, V), t, p, e, b, w, _key(p), SLOPE, False, COUNTER_64, LANES, V, COMPUTE)
+            if SUM_BIAS or SUM_WEIGHT:
+                to = partials + (stride - V) + tl.arange(0, V)
+                if SUM_BIAS:
+                    tl.store(to, tl.reshape(dx, V))
+                    to += stride
+                if SUM_WEIGHT:
+                    tl.store(to, tl.reshape(dw, V))

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from fused_rect.kernels import traffic
+from fused_rect.rules import Need, Rule
 
 ITEM_SIZES = {"float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2}
 PREFIX = "fused_rect::"
@@ -49,18 +50,31 @@ def _row(event: Any) -> dict[str, Any]:
     if not event.input_shapes:
         raise ValueError("profile has no shapes: make it with torch.profiler.profile(record_shapes=True)")
     backward = event.name.endswith("_backward")
-    # (grad,) input or saved, bias, weight, seed; the rule's name, which a trace does not record; lower, upper; sums.
+    # Whether a forward call makes bits, too, a trace does not record: an eighth of a byte per element is left out.
+    bits = "_bits" in event.name or (backward and event.input_dtypes[1] == "unsigned char")
+    # (grad,) input or what was kept, bias, weight, seed; the rule's name, which a trace does not record; its bounds;
+    # in backward the bias's dtype and whether the weight's gradient is wanted.
     shapes, values = event.input_shapes[backward:], event.concrete_inputs[backward:]
     bias, weight, seed = (math.prod(shape) if shape else 0 for shape in shapes[1:4])
-    lower = float(values[5])
-    rule = "prelu" if weight else "rrelu" if seed else "leaky_relu" if lower else "relu"
-    given: dict[str, Any] = {"bias": bias, "weight": weight, "lower": lower}
-    size, itemsize = math.prod(shapes[0]), ITEM_SIZES[event.input_dtypes[0]]
+    name = "prelu" if weight else "rrelu" if seed else "leaky_relu" if float(values[5]) else "relu"
+    shape = event.input_shapes[0]
+    need = Need()
     if backward:
-        call = traffic.backward(rule, size, itemsize, **given, sum_bias=values[7], sum_weight=values[8])
-    else:
-        call = traffic.forward(rule, size, itemsize, **given)
+        need = Need(values[7], bool(values[8]))
+        bias = shape[1] if need.bias is not None else bias
+    elif values[7]:  # by the map before
+        bias = 0
+    call = traffic.rectify(
+        Rule.default(name),
+        math.prod(shape),
+        ITEM_SIZES[event.input_dtypes[0]],
+        backward=backward,
+        bits=bits,
+        bias=bias,
+        weight=weight,
+        need=need,
+    )
     seconds = (event.device_time_total or event.cpu_time_total) * 1e-6
     return {
-        "name": event.name, "rectifier": rule, "calls": 1, "seconds": seconds, "bytes": call.bytes, "flops": call.flops,
+        "name": event.name, "rectifier": name, "calls": 1, "seconds": seconds, "bytes": call.bytes, "flops": call.flops,
     }  # fmt: skip

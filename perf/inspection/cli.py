@@ -27,16 +27,16 @@ SHAPES = ((32, 64, 64, 64), (32, 51, 71, 73))
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTH = 172  # of the table where the output is no terminal
 COLUMNS = {
-    "i/el": "instructions an element",
+    "i/el": "instructions per element",
     "body": "of them after the prologue",
-    "wide": "32 x 32 -> 64 bit multiplies an element",
+    "wide": "32 x 32 -> 64 bit multiplies per element",
     "regs": "registers a thread (AMD: VGPRs)",
     "spill": "bytes a thread in local memory",
     "smem": "bytes of shared memory a program",
     "bar": "barriers a program passes",
     "ld": "bits of the widest load",
     "st": "bits of the widest store",
-    "B/el": "bytes an element",
+    "B/el": "bytes per element",
     "programs": "launched",
     "rows": "a program",
     "KB/SM": "of loads in flight a multiprocessor",

@@ -17,7 +17,9 @@ from unittest import mock
 
 import torch
 
-RECTIFIERS = ("relu", "leaky_relu", "prelu", "rrelu", "rrelu_divisor")
+from fused_rect.rules import RULES, Need, Rule
+
+RECTIFIERS = tuple(RULES)
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("nchw", "channels_last")
 NAMES = {"nchw": "contiguous", "channels_last": "channels_last"}
@@ -49,7 +51,7 @@ class Launch:
     @property
     def name(self) -> str:
         """ "forward", "backward" or "finish"."""
-        return str(self.kernel.name)
+        return str(self.variant.name)
 
     @property
     def programs(self) -> int:
@@ -78,11 +80,10 @@ def launches(step: Step) -> list[Launch]:
     from fused_rect.kernels import variants
 
     dtype, target = getattr(torch, step.dtype), gpu_target(step.target)
-    arguments = step.rectifier, dtype, step.shape, NAMES[step.layout]
-    found = [variants.forward(*arguments), *variants.backward(*arguments)]
+    found = variants.training_step(Rule.default(step.rectifier), dtype, step.shape, NAMES[step.layout])
     return [
         Launch(v, triton.compile(v.source(), target=target, options=v.options), moved)
-        for v, moved in zip(found, _bytes(step, found[1].plan, dtype.itemsize))
+        for v, moved in zip(found, _bytes(step, found[1].plan, dtype.itemsize), strict=True)
     ]
 
 
@@ -90,14 +91,18 @@ def _bytes(step: Step, plan: Any, itemsize: int) -> tuple[int, int, int]:
     """What forward, backward and finishing sum move: the least that the call needs, and the partial sums."""
     from fused_rect.kernels import traffic
 
-    learned = step.rectifier == "prelu"
-    channels = step.shape[1]
-    call = step.rectifier, step.size, itemsize
-    weight = channels if learned else 0
-    sums = 1 + learned
-    finish = traffic.finish(sums * plan.chunks * plan.entries, sums * channels, out_itemsize=itemsize)
-    backward = traffic.backward(*call, bias=channels, weight=weight, sum_bias=True, sum_weight=learned)
-    return traffic.forward(*call, bias=channels, weight=weight).bytes, backward.bytes + finish.read, finish.bytes
+    rule, channels = Rule.default(step.rectifier), step.shape[1]
+    given: dict[str, Any] = {
+        "bits": not rule.keeps_input,
+        "bias": channels,
+        "weight": channels if rule.learned else 0,
+    }
+    sums = 1 + rule.learned
+    finish = traffic.finish(sums * plan.partials, sums * channels, out_itemsize=itemsize)
+    forward = traffic.rectify(rule, step.size, itemsize, **given)
+    need = Need(itemsize, rule.learned)
+    backward = traffic.rectify(rule, step.size, itemsize, backward=True, need=need, **given)
+    return forward.bytes, backward.bytes + finish.read, finish.bytes
 
 
 T = TypeVar("T")

@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fused_rect.kernels.plan import VECTOR
+
 from . import amdgcn, roofline, sass
 from .compiling import Launch, Step, launches
 from .instructions import Code, classes
@@ -13,17 +15,17 @@ from .instructions import Code, classes
 
 @dataclass(frozen=True)
 class Figures:
-    """Counts are an element, of a thread or of a program, as named; bytes throughout.
+    """Counts are per element, thread or program, as named; bytes throughout.
 
-    Where a share of the programs does a vector of two channels one by one (`Plan.seams`), an element's count is the
-    average: the main path's, and that share of all other instructions.
+    Where a share of the programs has a vector of two channels (`Plan.seams`), an element's count is the average of the
+    main path's and, for those, of the dearest one's, which does the tail as well.
     """
 
     kernel: str  # "forward", "backward" or "finish"
     elements: int  # a thread does
-    instructions: float  # an element, everything a thread does
-    body: float  # an element, without the prologue
-    by_class: dict[str, float]  # an element
+    instructions: float  # per element, everything a thread does
+    body: float  # per element, without the prologue
+    by_class: dict[str, float]  # per element
     registers: int
     spills: int  # a thread
     shared: int  # a program
@@ -32,7 +34,7 @@ class Figures:
     calls: int
     load: int
     store: int
-    in_flight: int  # loads under way a thread
+    in_flight: int  # loads in flight a thread
     bytes_per_element: float
     programs: int
     rows: int  # a program
@@ -40,7 +42,7 @@ class Figures:
     fraction: float | None = None  # of the memory roofline, predicted; None for a target without a model
     bound: str = ""
     resident: int = 0  # programs a multiprocessor
-    in_flight_sm: int = 0  # loads under way a multiprocessor
+    in_flight_sm: int = 0  # loads in flight a multiprocessor
 
     @property
     def wide_multiplies(self) -> float:
@@ -55,13 +57,13 @@ def of_step(step: Step) -> list[dict[str, Any]]:
 def of_launch(step: Step, launch: Launch) -> Figures:
     code = read(launch)
     plan = launch.variant.plan
-    rows = plan.depth * plan.lanes_down
+    rows = plan.depth * plan.down
     # The finishing sum has no elements of the tensor: its counts are a thread's, loops taken once.
-    elements = 1 if launch.name == "finish" else max(1, rows * plan.across * plan.vector // launch.threads)
+    elements = 1 if launch.name == "finish" else max(1, rows * plan.beside * plan.across * VECTOR // launch.threads)
     path = code.main_path()
     paths = [(1.0, path)]
     if launch.name != "finish" and plan.seams:
-        paths.append((plan.seams, code.rest()))
+        paths = [(1 - plan.seams, path), (plan.seams, code.dearest_path())]
     prediction = _prediction(step, launch, code, paths, elements)
     return Figures(
         kernel=launch.name,
@@ -89,8 +91,8 @@ def of_launch(step: Step, launch: Launch) -> Figures:
 def read(launch: Launch) -> Code:
     shared = launch.kernel.metadata.shared
     if "cubin" in launch.kernel.asm:
-        return sass.read(launch.kernel.asm["cubin"], launch.name, shared)
-    return amdgcn.parse(launch.kernel.asm["amdgcn"], launch.name, shared)
+        return sass.read(launch.kernel.asm["cubin"], launch.kernel.name, shared)
+    return amdgcn.parse(launch.kernel.asm["amdgcn"], launch.kernel.name, shared)
 
 
 def _by_class(paths: roofline.Paths, elements: int) -> dict[str, float]:

@@ -82,12 +82,12 @@ def compare(name: str, now: dict[str, Any], recorded: dict[str, Any]) -> list[st
     if excess > ROUNDING:
         where = ", ".join(f"{kind} +{n:.3f}" for kind, n in sorted(grown.items(), key=lambda item: -item[1]))
         worse.append(
-            f"{name}: {now['instructions']} instructions an element, recorded {recorded['instructions']} ({where})"
+            f"{name}: {now['instructions']} instructions per element, recorded {recorded['instructions']} ({where})"
         )
     else:
         costly = [kind for kind in COSTLY if kind in grown]
         worse += [
-            f"{name}: {kind} instructions +{grown[kind]:.3f} an element over {before.get(kind, 0)}" for kind in costly
+            f"{name}: {kind} instructions +{grown[kind]:.3f} per element over {before.get(kind, 0)}" for kind in costly
         ]
     return worse
 

@@ -1,8 +1,8 @@
 """Machine code as instructions and their control flow, whatever the vendor: what `sass.py` and `amdgcn.py` read.
 
 The figures of a kernel are those of its main path: the cheapest way from the entry to an exit that passes as many of
-the widest accesses as any way does, loops taken once. The rest does elements one by one: those behind the last whole
-vector, in one program of the launch, and those of a vector of two channels, in a share of them (`Plan.seams`).
+the widest accesses as any way does, loops taken once. The dearest one also does the elements behind the last whole
+vector, as one program of the launch, and a tile with a vector of two channels, as a share of them (`Plan.seams`).
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ class Code:
     def main_path(self) -> list[Instruction]:
         return [self.instructions[i] for i in _path(self.instructions)]
 
-    def rest(self) -> list[Instruction]:
-        """The instructions that are not on the main path."""
-        rest = Counter(self.instructions) - Counter(self.main_path())
-        return [i for i in rest.elements() if i.kind != "padding"]
+    def dearest_path(self) -> list[Instruction]:
+        """The longest way that passes as many of the widest accesses."""
+        return [self.instructions[i] for i in _path(self.instructions, dearest=True)]
 
     def body(self) -> list[Instruction]:
         """The main path from its first to its last access of the widest kind: without the prologue."""
@@ -75,7 +74,7 @@ class Code:
         return found
 
     def in_flight(self) -> int:
-        """Most bytes of the widest loads that a thread has under way: a load ends where its first byte is used.
+        """Most bytes of the widest loads that a thread has in flight: a load ends where its first byte is used.
 
         Threads issue in order, so what follows the first use waits for it.
         """
@@ -130,8 +129,9 @@ def _walk(code: Sequence[Instruction]) -> tuple[list[int], list[tuple[int, int]]
     return order, back
 
 
-def _path(code: Sequence[Instruction]) -> list[int]:
-    """Indices of the main path: most widest accesses first, fewest instructions then; loops are taken once."""
+def _path(code: Sequence[Instruction], dearest: bool = False) -> list[int]:
+    """Indices of a path: most widest accesses first, fewest (or most) instructions then; loops are taken once."""
+    step = 1 if dearest else -1
     widest = {kind: max((i.width for i in code if i.kind == kind), default=0) for kind in ACCESSES}
     order, back = _walk(code)
     closing = set(back)
@@ -142,10 +142,10 @@ def _path(code: Sequence[Instruction]) -> list[int]:
         successors = [s for s in _successors(code, n) if (n, s) not in closing]
         following[n] = max(successors, key=lambda s: best[s], default=None)
         accesses, length = max((best[s] for s in successors), default=(0, 0))
-        if i.ends and (accesses, length) < (0, 0):
+        if i.ends and (not successors or (accesses, length) < (0, 0)):
             following[n], accesses, length = None, 0, 0
         wide = i.kind in ACCESSES and i.width == widest[i.kind]
-        best[n] = (accesses + wide, length - (i.kind != "padding"))
+        best[n] = (accesses + wide, length + step * (i.kind != "padding"))
     path: list[int] = []
     at: int | None = 0 if code else None
     while at is not None:

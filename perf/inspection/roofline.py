@@ -1,7 +1,7 @@
 """Predicted fraction of the memory roofline, from instructions, bytes and bytes in flight; nothing is measured.
 
 A launch takes at least bytes / bandwidth, at least its instructions over what the multiprocessors issue, and at least
-its bytes over what the loads under way bring in (Little's law: bytes in flight / latency). The fraction is the first
+its bytes over what the loads in flight bring in (Little's law: bytes in flight / latency). The fraction is the first
 over the largest of the three. `ASSUMPTIONS` says what that leaves out; docs/inspect.md discusses it.
 """
 
@@ -61,7 +61,7 @@ class Prediction:
     fraction: float  # of the time that the bytes alone would take
     bound: str  # "memory", "issue" or another pipe, "in flight"
     resident: int  # programs a multiprocessor holds at once
-    in_flight: int  # bytes of loads under way a multiprocessor
+    in_flight: int  # bytes of loads in flight a multiprocessor
     budget: float  # issue cycles an element at full bandwidth, in warp instructions a lane
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from fused_rect import files
 from fused_rect.kernels import traffic
+from fused_rect.rules import Need, Rule
 
 from . import measure
 from .measure import Case, Interval, Samples, verdict
@@ -123,13 +124,18 @@ def _records(case: Case, samples: Samples) -> list[Record]:
 def work(layer: Layer, part: str, mode: str, itemsize: int) -> tuple[int, int]:
     """(bytes, flops) of the fused call."""
     size, channels = math.prod(layer.output), layer.output[1]
-    lower = layer.slope if layer.rectifier == "leaky_relu" else 0.0
-    prelu = layer.rectifier == "prelu"
-    rule = "leaky_relu" if layer.rectifier == "rrelu" and mode == "inference" else layer.rectifier
-    given: dict[str, Any] = {"bias": channels, "weight": layer.slopes if prelu else 0, "lower": lower}
-    calls = [traffic.forward(rule, size, itemsize, **given)]
-    if mode == "training":
-        calls.append(traffic.backward(rule, size, itemsize, **given, sum_bias=True, sum_weight=prelu))
+    rule, training = Rule.default(layer.rectifier), mode == "training"
+    if not training:
+        rule = rule.evaluation()
+    given: dict[str, Any] = {
+        "bits": training and not rule.keeps_input,
+        "bias": channels,
+        "weight": layer.slopes if rule.learned else 0,
+    }
+    calls = [traffic.rectify(rule, size, itemsize, **given)]
+    if training:
+        need = Need(itemsize, rule.learned)
+        calls.append(traffic.rectify(rule, size, itemsize, backward=True, need=need, **given))
     moved, computed = sum(call.bytes for call in calls), sum(call.flops for call in calls)
     if part == "epilogue":
         return moved, computed

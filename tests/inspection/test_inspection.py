@@ -45,7 +45,7 @@ def test_sass_is_counted_by_class_on_the_main_path():
     assert len(found.instructions) == 13  # without the padding
     expected = {"move": 2, "wide multiply": 1, "load": 3, "float": 2, "store": 1, "control": 1}
     assert instructions.classes(found.main_path()) == expected  # and without the two-byte accesses of the last elements
-    assert [i.opcode for i in found.rest()] == ["LDG.E.U16", "STG.E.U16", "EXIT"]
+    assert [i.opcode for i in found.dearest_path()][-3:] == ["LDG.E.U16", "STG.E.U16", "EXIT"]
     assert (found.body()[0].opcode, found.body()[-1].opcode) == ("LDG.E.128", "STG.E.128")
     assert found.in_flight() == 32  # the third load waits for the first one's use
 
@@ -111,11 +111,14 @@ def test_the_main_path_is_the_best_of_all_paths(rows):
         ended = [[n]] if program[n].ends or not following else []
         return ended + [[n, *rest] for s in following for rest in paths(s)]
 
-    def merit(path):
-        return sum(i.width == widest > 0 for i in path), -len(path)
+    def accesses(path):
+        return sum(i.width == widest > 0 for i in path)
 
-    best = max(merit([program[n] for n in path]) for path in paths(0))
-    assert merit(Code("k", program, 0, 0, 0).main_path()) == best
+    every = [[program[n] for n in path] for path in paths(0)]
+    code, most = Code("k", program, 0, 0, 0), max(map(accesses, every))
+    lengths = [len(path) for path in every if accesses(path) == most]
+    assert accesses(code.main_path()) == accesses(code.dearest_path()) == most
+    assert (len(code.main_path()), len(code.dearest_path())) == (min(lengths), max(lengths))
 
 
 def block(kind, target=None, falls=True):
@@ -146,7 +149,7 @@ def test_the_roofline_model():
     assert predicted().fraction == 1.0 and predicted().bound == "memory"
     assert predicted().budget == pytest.approx(
         35.4, rel=0.01
-    )  # instructions an element that the bandwidth leaves time for
+    )  # instructions per element that the bandwidth leaves time for
     assert predicted(registers=33).resident == 12 and predicted(registers=255).resident == 2
     assert predicted(shared=100 * 1024).resident == 2
     # 300 instructions for 4 elements are 75 an element, 2.1 times the budget.
@@ -194,10 +197,10 @@ def test_the_gate_says_what_is_worse_by_how_much_and_in_which_class():
         "classes": {"integer": 6.25, "float": 2.0, "wide multiply": 1.0, "move": 0.25},
     }
     assert gate.compare("k", longer, RECORDED) == [
-        "k: 9.5 instructions an element, recorded 9.0 (integer +0.250, move +0.250)"
+        "k: 9.5 instructions per element, recorded 9.0 (integer +0.250, move +0.250)"
     ]
     traded = {**RECORDED, "classes": {"integer": 5.0, "float": 2.0, "wide multiply": 2.0}}
-    assert gate.compare("k", traded, RECORDED) == ["k: wide multiply instructions +1.000 an element over 1.0"]
+    assert gate.compare("k", traded, RECORDED) == ["k: wide multiply instructions +1.000 per element over 1.0"]
     assert "no figure is recorded" in gate.failures({"new": RECORDED}, {})[0]
 
 

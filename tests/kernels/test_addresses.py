@@ -15,6 +15,8 @@ from test_plan import partial_of
 
 from fused_rect import reference
 from fused_rect.kernels import launch, rectify
+from fused_rect.kernels.plan import VECTOR
+from fused_rect.rules import PRELU, Need, Parameters, rrelu
 
 pytestmark = pytest.mark.ptx
 
@@ -27,7 +29,7 @@ def sparse(tmp_path):
 
     def make(size, dtype):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.bin"
-        kind = {torch.float16: np.float16, torch.float32: np.float32}[dtype]
+        kind = {torch.float16: np.float16, torch.uint8: np.uint8}[dtype]
         try:
             return torch.from_numpy(np.memmap(path, dtype=kind, mode="w+", shape=(size,)))
         except OSError as error:
@@ -38,9 +40,9 @@ def sparse(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(call, first, count, *pointers): programs first .. first + count - 1 of a launch."""
+    """run(call, first, count, **tensors): programs first .. first + count - 1 of a launch."""
     shifted = [0]
-    if isinstance(rectify.forward, triton.JITFunction):
+    if isinstance(rectify.rectify, triton.JITFunction):
         machine = sys.modules.get("ptxgpu.machine")
         if machine is None:
             pytest.skip("program ids can be shifted in the interpreter and in the PTX machine only")
@@ -65,9 +67,9 @@ def run(monkeypatch):
         # It would copy each argument onto itself, every page of it.
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *args: None)
 
-    def launch_some(call, first, count, *pointers):
+    def launch_some(call, first, count, **tensors):
         shifted[0] = first
-        call.kernel[(count,)](*pointers, *call.numbers, **call.constants)
+        call._replace(grid=(count,))(**{"grad": None, "bits": None, "partials": None, **tensors})
         shifted[0] = 0
 
     return launch_some
@@ -93,30 +95,35 @@ LARGE = [
 def last_tiles(p):
     """(programs, first position) of the last chunk of rows, or of a single row's last two tiles."""
     if p.rows > 1:
-        return p.columns, (p.chunks - 1) * p.depth * p.lanes_down * p.row * p.vector
-    return 2, (p.columns - 2) * p.across * p.vector
+        return p.columns, (p.chunks - 1) * p.depth * p.down * p.row * VECTOR
+    return 2, (p.columns - 2) * p.beside * p.across * VECTOR
 
 
 def untouched(flat, start, p):
     """Nothing was written just before ``start``, nor where 32-bit positions would have put it."""
-    tile = p.depth * p.lanes_down * p.row * p.vector if p.rows > 1 else p.across * p.vector
+    tile = p.depth * p.down * p.row * VECTOR if p.rows > 1 else p.beside * p.across * VECTOR
     places = {start - 2**18, start - BEYOND, start % BEYOND, start - 2**32}
     return not any(flat[place : place + 2**16].any() for place in places if place >= tile)
 
 
 @pytest.mark.parametrize(("shape", "layout"), LARGE)
-@pytest.mark.parametrize("rule", ["prelu", "rrelu"])
+@pytest.mark.parametrize("rule", [PRELU, rrelu(0.125, 0.375, "slope")], ids=lambda rule: rule.name)
 def test_past_two_to_the_31(sparse, run, shape, layout, rule):
     torch.manual_seed(0)
     size, channels = math.prod(shape), shape[1]
-    bias = torch.randn(channels).half()
-    weight, seed = (torch.randn(channels).half(), None) if rule == "prelu" else (None, torch.tensor([77]))
+    parameters = Parameters(
+        torch.randn(channels).half(),
+        torch.randn(channels).half() if rule.learned else None,
+        torch.tensor([77]) if rule.random else None,
+    )
     x, out, grad, grad_input = (sparse(size, torch.float16) for _ in range(4))
-    settings = shape, dense(x, shape, layout).stride(), torch.float16, rule, 0.125, 0.375, channels
-    forward = launch.forward_call(*settings, channels if rule == "prelu" else 0)
-    backward = launch.backward_call(*settings, channels if rule == "prelu" else 0, True, rule == "prelu")
+    bits = None if rule.keeps_input else sparse(-(-size // 8), torch.uint8)
+    like = shape, dense(x, shape, layout).stride(), torch.float16, rule
+    weights = channels if rule.learned else 0
+    forward = launch.rectify_call(*like, True, weights, Need())
+    backward = launch.rectify_call(*like, rule.learned, weights, Need(torch.float16, rule.learned))
     p = forward.plan
-    assert size > BEYOND and p.wide == (p.rows == 1)
+    assert size > BEYOND and p.index_64 == (p.rows == 1)
     count, start = last_tiles(p)
     assert start > BEYOND
     for flat in (x, grad):
@@ -125,50 +132,63 @@ def test_past_two_to_the_31(sparse, run, shape, layout, rule):
     # In float32, as the kernels compute; the end of a tensor begins an image or lies in the last channel.
     position = torch.arange(start, size)
     channel = position // p.inner % channels
-    z = x[start:].float() + bias.float()[channel]
-    if rule == "prelu":
-        slope = weight.float()[channel]
+    z = x[start:].float() + parameters.bias.float()[channel]
+    if rule.learned:
+        slope = parameters.weight.float()[channel]
     else:
         slope = (reference.words(77, start, size - start).float().double() * (0.25 * 2.0**-32) + 0.25).float()
 
     first_and_last = ((0, 1), (p.programs - count, count))  # the first one does the tail
     for programs in first_and_last:
-        run(forward, *programs, x, out, bias, weight, seed)
+        run(forward, *programs, x=x, out=out, bits=bits, **parameters._asdict())
     assert torch.equal(out[start:], torch.where(z > 0, z, z * slope).half())
     assert untouched(out, start, p)
+    if bits is not None:
+        assert torch.equal(bits[start // 8 :], reference.pack_bits(z <= 0))
+        assert not bits[start // 8 - 2**12 : start // 8].any()
 
-    sums = 2 if rule == "prelu" else 1
-    partials, tails = torch.zeros(sums, p.chunks * p.entries), torch.zeros(p.vector, sums)
-    saved, added = (x, bias) if rule == "prelu" else (out, None)
+    sums = 1 + rule.learned
+    partials = torch.zeros(sums, p.partials)
+    tensors = {"grad": grad, "out": grad_input, "partials": partials, **parameters._asdict()}
+    tensors.update({"x": x} if rule.learned else {"x": None, "bits": bits, "bias": None})
     for programs in first_and_last:
-        run(backward, *programs, grad, saved, grad_input, added, weight, seed, partials, tails)
+        run(backward, *programs, **tensors)
     g = grad[start:].float()
-    terms = torch.where((z if rule == "prelu" else out[start:].float()) > 0, g, g * slope)
+    terms = torch.where(z > 0, g, g * slope)
     assert torch.equal(grad_input[start:], terms.half())
     assert untouched(grad_input, start, p)
     for which, summands in enumerate([terms, torch.where(z > 0, 0.0, g * z)][:sums]):
         whole = size - start - p.tail
-        expected = np.zeros(partials.shape[1])
+        tiles = p.chunks * p.entries
+        expected = np.zeros(tiles)
         np.add.at(expected, partial_of(p, position[:whole].numpy()), summands[:whole].double().numpy())
-        torch.testing.assert_close(partials[which].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-3)
-        assert torch.equal(tails[: p.tail, which], summands[whole:])
+        torch.testing.assert_close(partials[which, :tiles].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-3)
+        assert torch.equal(partials[which, tiles:][: p.tail], summands[whole:])
 
 
 def test_counters_past_two_to_the_32(sparse, run):
     """Past 2^34 elements the second counter word is 1; a counter that lost it would repeat the first slopes."""
     shape = (2**16 + 2, 64, 64, 64)
     size = math.prod(shape)
-    x, out = (sparse(size, torch.float16) for _ in range(2))
-    call = launch.forward_call(shape, dense(x, shape, "contiguous").stride(), torch.float16, "rrelu", 0.0, 1.0, 0, 0)
-    tile = call.plan.across * call.plan.vector
-    assert call.plan.rows == 1 and call.plan.far
+    x, out, bits = sparse(size, torch.float16), sparse(size, torch.float16), sparse(size // 8, torch.uint8)
+    rule, seed = rrelu(0.0, 1.0, "slope"), torch.tensor([5])
+    like = shape, dense(x, shape, "contiguous").stride(), torch.float16, rule
+    call = launch.rectify_call(*like, False, 0, Need())
+    tile = call.plan.beside * call.plan.across * VECTOR
+    assert call.plan.rows == 1 and call.plan.counter_64
     start, stop = 2**34 - tile, 2**34 + tile
-    x[start:stop] = -1
-    run(call, start // tile, 2, x, out, None, None, torch.tensor([5]))
+    x[start:stop:2], x[start + 1 : stop : 2] = -1, 1
+    run(call, start // tile, 2, x=x, out=out, bits=bits, bias=None, weight=None, seed=seed)
 
     def slopes(first):
-        return (reference.words(5, first, stop - start).float().double() * 2.0**-32 + 0.5).half()
+        return (reference.words(5, first, stop - start).float().double() * 2.0**-32 + 0.5).half()[::2]
 
-    assert torch.equal(-out[start:stop], slopes(start))
-    assert not torch.equal(-out[2**34 : stop], slopes(0)[:tile])
+    assert torch.equal(-out[start:stop:2], slopes(start))
+    assert not torch.equal(-out[2**34 : stop : 2], slopes(0)[: tile // 2])
     assert not out[:tile].any() and not out[stop : stop + tile].any()
+    assert (bits[start // 8 : stop // 8] == 0b01010101).all() and not bits[: tile // 8].any()
+
+    back = launch.rectify_call(*like, False, 0, Need())
+    run(back, start // tile, 2, x=None, grad=x, out=out, bits=bits, bias=None, weight=None, seed=seed)
+    assert torch.equal(-out[start:stop:2], slopes(start))
+    assert torch.equal(out[start + 1 : stop : 2], x[start + 1 : stop : 2])

@@ -1,7 +1,7 @@
 """The planner, in pure Python: every element in one place of one tile, its summands in its own channel's sum, once.
 
-The kernels' index arithmetic is written here a second time, on numpy integers that cannot overflow; plan.wide says when
-the kernels need 64 bits for it.
+The kernels' index arithmetic is written here a second time, on numpy integers that cannot overflow; plan.index_64 says
+when the kernels need 64 bits for it.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_rect.kernels import plan as planner
-from fused_rect.kernels.plan import Plan, channel_layout, plan
+from fused_rect.kernels.plan import VECTOR, Plan, channel_layout, plan
 
 ITEMSIZES = (2, 4, 8)
 
@@ -21,24 +21,25 @@ ITEMSIZES = (2, 4, 8)
 def tile(p: Plan, program: int) -> np.ndarray:
     """The vectors that one program handles."""
     column, chunk = program % p.columns, program // p.columns
-    g = column * p.across + np.arange(p.across)
-    r = chunk * p.depth * p.lanes_down + np.arange(p.depth * p.lanes_down)
+    width, down = p.beside * p.across, p.depth * p.down
+    g = column * width + np.arange(width)
+    r = chunk * down + np.arange(down)
     v = r[:, None] * p.row + g[None, :]
     return v[(g[None, :] < p.row) & (v < p.vectors)]
 
 
 def partial_of(p: Plan, position: np.ndarray) -> np.ndarray:
     """The partial sum (chunk * entries + entry) that takes in each position of the whole vectors."""
-    vector, j = position // p.vector, position % p.vector
+    vector, j = position // VECTOR, position % VECTOR
     g = vector % p.row
-    place = g * p.vector + j
+    place = g * VECTOR + j
     if p.segment:
         segment = g // p.segment
-        boundary = (segment * p.segment * p.vector // p.inner + 1) * p.inner
+        boundary = (segment * p.segment * VECTOR // p.inner + 1) * p.inner
         entry = 2 * segment + (place >= boundary)
     else:
         entry = place
-    return vector // p.row // (p.depth * p.lanes_down) * p.entries + entry
+    return vector // p.row // (p.depth * p.down) * p.entries + entry
 
 
 def partials_read(p: Plan, channel: int) -> np.ndarray:
@@ -53,20 +54,22 @@ def partials_read(p: Plan, channel: int) -> np.ndarray:
 def check(p: Plan) -> None:
     covered = np.concatenate([tile(p, program) for program in range(p.programs)])
     assert np.array_equal(np.sort(covered), np.arange(p.vectors))
-    assert p.vectors * p.vector + p.tail == p.size and 0 <= p.tail < p.vector
+    assert p.vectors * VECTOR + p.tail == p.size and 0 <= p.tail < VECTOR
     channel = np.arange(p.size) // p.inner % p.channels
     # The tail looks its channels up from its place in the row; whole vectors from theirs.
-    place = np.arange(p.vectors * p.vector, p.size) - p.vectors * p.vector + p.tail_at
-    assert np.array_equal(place // p.inner % p.channels, channel[p.vectors * p.vector :])
-    whole = np.arange(p.vectors * p.vector)
-    assert np.array_equal(whole % (p.row * p.vector) // p.inner % p.channels, channel[: len(whole)])
-    if p.lookup == "vector":
-        assert p.inner % p.vector == 0 or p.channels == 1
+    place = np.arange(p.vectors * VECTOR, p.size) - p.vectors * VECTOR + p.tail_at
+    assert np.array_equal(place // p.inner % p.channels, channel[p.vectors * VECTOR :])
+    whole = np.arange(p.vectors * VECTOR)
+    assert np.array_equal(whole % (p.row * VECTOR) // p.inner % p.channels, channel[: len(whole)])
+    assert (p.lookup == "one") == (p.channels == 1)
+    if p.lookup in ("vector", "plane"):
+        assert p.inner % VECTOR == 0
     if p.lookup == "split":  # at most one boundary inside a vector
-        assert p.inner >= p.vector
+        assert p.inner >= VECTOR
     # Sums: distinct powers would overflow, so random 32-bit integers stand for the summands.
     summands = np.random.default_rng(p.size).integers(1, 2**32, p.size)
     partials = np.zeros(p.chunks * p.entries, dtype=np.int64)
+    assert p.partials == len(partials) + (VECTOR if p.tail else 0)
     np.add.at(partials, partial_of(p, whole), summands[: len(whole)])
     for c in range(p.channels):
         read = partials_read(p, c)
@@ -99,18 +102,11 @@ def test_middling_tensors(batch, channels, inner, itemsize):
         check(plan(batch * channels * inner, channels, inner, itemsize))
 
 
-@given(st.sampled_from(["element", "split", "vector"]), st.integers(1, 20), st.integers(1, 40), st.data())
-def test_every_scheme_is_right_whichever_the_planner_prefers(lookup, batch, channels, data):
-    inner = data.draw(
-        {"element": st.integers(1, 7), "split": st.integers(9, 200), "vector": st.integers(1, 40)}[lookup]
-    )
-    inner = inner * 8 if lookup == "vector" else inner + (inner % 8 == 0)
-    size = batch * channels * inner
-    lookup = "element" if inner < 8 else lookup
-    for p in planner._flat(size, channels, inner, 8, lookup):
-        check(p)
-    copies = 8 // math.gcd(channels * inner, 8) * data.draw(st.integers(1, 3))
-    for p in planner._rows(size, channels, inner, 8, copies, lookup):
+@given(st.sampled_from(ITEMSIZES), st.integers(1, 20), st.integers(2, 20), st.integers(1, 100), st.integers(1, 3))
+def test_every_scheme_is_right_whichever_the_planner_prefers(itemsize, batch, channels, inner, widening):
+    lanes, size = VECTOR * itemsize // 16, batch * channels * inner
+    copies = VECTOR // math.gcd(channels * inner, VECTOR) * widening
+    for p in planner._flat(size, channels, inner, lanes) + planner._rows(size, channels, inner, lanes, copies):
         check(p)
 
 
@@ -119,13 +115,13 @@ def test_planes_wider_than_a_tile(batch, channels, inner, itemsize):
     """At most two channels a program, at most one vector of both, and that in the share of programs that is said."""
     p = plan(batch * channels * inner, channels, inner, itemsize)
     check(p)
-    assert (p.lookup in ("tile", "seam")) == (p.rows == 1 and inner >= p.across * p.vector)
-    if p.lookup not in ("tile", "seam"):
+    assert (p.lookup in ("plane", "seam")) == (p.rows == 1 and inner >= p.beside * p.across * VECTOR)
+    if p.lookup not in ("plane", "seam"):
         return
     shared = []
     for program in range(p.programs):
-        first = tile(p, program).reshape(-1) * p.vector
-        channel = np.stack([first, first + p.vector - 1]) // inner
+        first = tile(p, program).reshape(-1) * VECTOR
+        channel = np.stack([first, first + VECTOR - 1]) // inner
         assert len(np.unique(channel)) <= 2
         shared.append(np.count_nonzero(channel[0] != channel[1]))
     assert max(shared) <= 1 and 0 <= round(p.seams * p.programs) - sum(shared) <= 1  # the tensor's end may count
@@ -146,31 +142,31 @@ def test_wherever_the_tensor_is_large(batch, channels, inner, itemsize, where):
     p = plan(size, channels, inner, itemsize)
     vector = where % max(p.vectors, 1)
     if p.vectors:
-        column, chunk = vector % p.row // p.across, vector // p.row // (p.depth * p.lanes_down)
+        column, chunk = vector % p.row // (p.beside * p.across), vector // p.row // (p.depth * p.down)
         program = chunk * p.columns + column
         assert program < p.programs < 2**31
         assert np.count_nonzero(tile(p, program) == vector) == 1
     channel = where % channels
     head = where % p.copies * channels * inner + channel * inner
     assert (head + inner - 1) // p.unit - head // p.unit < p.touched
-    if not p.wide:  # what the kernels hold in 32 bits: places in a tile and behind it, boundaries, channels' heads
-        down = p.depth * p.lanes_down
-        assert ((down - 1) * p.row + p.columns * p.across) * p.vector + inner < 2**31
+    if not p.index_64:  # what the kernels hold in 32 bits: places in a tile and behind it, boundaries, channels' heads
+        down = p.depth * p.down
+        assert ((down - 1) * p.row + p.columns * p.beside * p.across) * VECTOR + inner < 2**31
         assert p.copies * channels * inner + inner + p.unit < 2**31
         assert p.chunks * p.copies * p.touched + 1024 < 2**31
         assert p.entries < 2**31
 
 
-def test_wide_only_where_it_must_be():
+def test_64_bit_indices_only_where_they_must_be():
     """64-bit division is a subroutine: a batch of ordinary images never pays for it, however large."""
-    assert not plan(2**12 * 64 * 512 * 512, 64, 512 * 512, 2).wide
-    assert not plan(2**33, 256, 1, 2).wide
-    assert plan(2**33, 2, 2**32, 2).wide
+    assert not plan(2**12 * 64 * 512 * 512, 64, 512 * 512, 2).index_64
+    assert not plan(2**33, 256, 1, 2).index_64
+    assert plan(2**33, 2, 2**32, 2).index_64
 
 
 def test_counters_take_64_bits_only_past_2_to_the_34_elements():
-    assert not plan(2**34, 64, 512 * 512, 2).far
-    assert plan(2**34 + 8, 64, 512 * 512, 2).far
+    assert not plan(2**34, 64, 512 * 512, 2).counter_64
+    assert plan(2**34 + 8, 64, 512 * 512, 2).counter_64
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)

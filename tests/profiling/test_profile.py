@@ -17,6 +17,7 @@ from fused_rect.perf import trace
 from fused_rect.perf.profiling import peers, records, scaling, workloads
 from fused_rect.perf.profiling.memory import kept_bytes
 from fused_rect.perf.profiling.workloads import RECTIFIERS, WORKLOADS, Layer, square
+from fused_rect.rules import Need, Rule
 
 # One thread: threads that wait for each other take a hundred times longer on a machine that others use too.
 TINY = ["--processes", "1", "--rounds", "2", "--threads", "1"]
@@ -286,20 +287,16 @@ def test_a_trace_of_a_training_step_shows_our_calls_with_bytes_and_flops():
     names = {event.key for event in profile.key_averages()}
     assert {"fused_rect::rectify", "fused_rect::rectify_", "fused_rect::rectify_backward"} <= names
     rows = trace.table(profile).set_index(["name", "rectifier"])
-    expected = {
-        ("fused_rect::rectify_", "leaky_relu"): traffic.forward("leaky_relu", 1024, 4, bias=8, lower=0.1),
-        ("fused_rect::rectify", "prelu"): traffic.forward("prelu", 512, 4, bias=4, weight=4),
-        ("fused_rect::rectify_", "rrelu"): traffic.forward("rrelu", 256, 4, bias=2, lower=1 / 8),
-        ("fused_rect::rectify_backward", "leaky_relu"): traffic.backward(
-            "leaky_relu", 1024, 4, bias=8, lower=0.1, sum_bias=True
-        ),
-        ("fused_rect::rectify_backward", "prelu"): traffic.backward(
-            "prelu", 512, 4, bias=4, weight=4, sum_bias=True, sum_weight=True
-        ),
-        ("fused_rect::rectify_backward", "rrelu"): traffic.backward(
-            "rrelu", 256, 4, bias=2, lower=1 / 8, sum_bias=True
-        ),
-    }
+    expected = {}
+    for name, size, channels in (("leaky_relu", 1024, 8), ("prelu", 512, 4), ("rrelu", 256, 2)):
+        rule = Rule.default(name)
+        # The convolution adds its bias, and sums its gradient; whether bits are made a trace does not say.
+        weight = channels if rule.learned else 0
+        forward = "fused_rect::rectify" if rule.learned else "fused_rect::rectify_"
+        expected[forward, name] = traffic.rectify(rule, size, 4, weight=weight)
+        expected["fused_rect::rectify_backward", name] = traffic.rectify(
+            rule, size, 4, backward=True, bits=not rule.learned, weight=weight, need=Need(None, rule.learned)
+        )
     assert set(rows.index) == set(expected)
     for key, call in expected.items():
         assert (rows.bytes[key], rows.flops[key], rows.calls[key]) == (call.bytes, call.flops, 1)
