@@ -15,7 +15,6 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 
 # ---- who listens to calls of ops
 
@@ -78,7 +77,6 @@ is_in_thread = torch._C._is_key_in_tls
 get_in_thread = torch._C._get_obj_in_tls
 
 
-map_tree = tree_map_only  # (class, function, tree): of tuples, lists and dicts
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
 
 

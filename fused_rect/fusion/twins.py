@@ -31,20 +31,11 @@ class Twin(NamedTuple):
     call: Callable[..., Call | None]
 
 
-def rectify(call: Call, is_free: bool, bias: Tensor | None = None) -> Tensor:
+def rectify(call: Call, is_free: bool) -> Tensor:
     """is_free: nobody else reads or keeps the memory of ``call.input``, so where the result lies is ours to say."""
     in_place = _may_overwrite(call) if is_free and _can_tell_nothing(call) else call.in_place
-    out: Tensor = _FUNCTIONS[call.name][in_place](call.input, bias, *call.arguments)
+    out: Tensor = _FUNCTIONS[call.name][in_place](call.input, None, *call.arguments)
     return out
-
-
-def takes_bias(call: Call, bias: Tensor) -> bool:
-    """Whether ``call``, whose input nobody else reads, may add ``bias`` as well.
-
-    Not where backward reads the input: a checkpoint would find another tensor kept than in a call without.
-    """
-    fits = bias.dtype == call.input.dtype or torch.is_autocast_enabled(call.input.device.type)
-    return fits and _can_tell_nothing(call) and not (call.name == "prelu" and torch.is_grad_enabled())
 
 
 def _can_tell_nothing(call: Call) -> bool:

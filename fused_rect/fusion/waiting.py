@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, ops
-from ..internals import forward_ad_active, globally_hooked, jit_tracing, map_tree, transforms_active, without_subclasses
+from .. import ops
+from ..internals import jit_tracing, transforms_active, without_subclasses
 from ..ops.checks import FLOATING
 from .holders import is_last_reader
-from .twins import TWINS, Twin, rectify, takes_bias
+from .twins import TWINS, Twin, rectify
 
 # A map whose output no rectifier has read in so many calls of its mode (training or not) is not asked again.
 TRIES = 3
@@ -36,8 +36,6 @@ class Output(NamedTuple):
     reader: Reader
     fresh: bool  # nobody holds its memory but by this tensor, nor keeps it for backward
     norm: str = ""  # of a BatchNorm's output, "training" or "evaluation"
-    bias: Tensor | None = None  # still to be added
-    grad: bool = False  # grad mode of the map, for that
 
 
 def wait(tensor: Tensor, output: Output) -> None:
@@ -49,26 +47,11 @@ def wait(tensor: Tensor, output: Output) -> None:
     _thread.unread.append(weakref.ref(tensor))
 
 
-def take(tensor: Tensor) -> Output:
-    """An ordinary tensor again; its bias is the caller's to add."""
+def release(tensor: Tensor) -> Output:
+    """An ordinary tensor again."""
     tensor.__class__ = Tensor
     found: Output = tensor.__dict__.pop("_fused_rect")
     return found
-
-
-def release(tensor: Tensor) -> Output:
-    """An ordinary tensor again, for others than a rectifier."""
-    found = take(tensor)
-    found.reader.bias_waits = False
-    if found.bias is not None:
-        _add(found.bias, tensor, found.grad)
-    return found
-
-
-def _add(bias: Tensor, tensor: Tensor, grad: bool) -> None:
-    """In place, as the map itself would where it does so in a pass of its own."""
-    with torch.set_grad_enabled(grad):
-        tensor.add_(bias.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 2)))
 
 
 class _Thread(threading.local):
@@ -121,7 +104,7 @@ class Waiting(Tensor):
         twin = TWINS.get(func)
         if twin is not None:
             last = is_last_reader(sys.getrefcount(first), func, sys._getframe(1))
-            return _rectified(twin, take(first), last, func, args, kwargs)
+            return _rectified(twin, release(first), last, func, args, kwargs)
         found = release(first)
         version = first._version
         result = func(*args, **kwargs)
@@ -155,7 +138,7 @@ def _trains(input: Any, running_mean: Any, running_var: Any, weight: Any = None,
 
 
 def _rectified(twin: Twin, output: Output, last: bool, func: Any, args: Any, kwargs: Any) -> Any:
-    reader, fresh, norm, bias, grad = output
+    reader, fresh, norm = output
     if norm and not (reader.fold and norm == "evaluation"):
         reader.left[twin.name] = (
             "a BatchNorm stands between; fuse(model, fold_batchnorm=True) takes it along in evaluation"
@@ -167,16 +150,11 @@ def _rectified(twin: Twin, output: Output, last: bool, func: Any, args: Any, kwa
         call = twin.call(*args, **kwargs)
     except TypeError:  # arguments that torch's function takes beyond these, or refuses
         call = None
-    free = last and fresh
-    if bias is not None and not (call and free and grad == torch.is_grad_enabled() and takes_bias(call, bias)):
-        _add(bias, args[0] if args else kwargs["input"], grad)
-        bias = None
-    reader.bias_waits &= free
     if call is None:
         reader.left[twin.name] = "its arguments are not those that the fused kernels take"
         return func(*args, **kwargs)
     reader.fused.add(twin.name)
-    return rectify(call, free, bias)
+    return rectify(call, last and fresh)
 
 
 # ---- the hooks ----
@@ -203,83 +181,18 @@ class Reader(Hook):
         self.left: dict[str, str] = {}
         self.tries = [0, 0]
         self.compiled = 0
-        self.bias_waits = True  # no other than a rectifier has read an output, and that one last
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        bias = getattr(output, "__dict__", {}).pop(_BIAS, None)
-        if not self._is_asked(module) or not _is_ordinary(output):
-            if bias is not None:
-                _add(bias, output, torch.is_grad_enabled())
-            return
-        rank = len(getattr(module, "kernel_size", ()))
-        if self.fused and self.bias_waits and not functional.map_adds_bias(rank, output.device):
-            self._leave_bias(module)
-        wait(output, Output(self, _is_torchs_own(module), "", bias, torch.is_grad_enabled()))
+        if self._is_asked(module) and _is_ordinary(output):
+            wait(output, Output(self, _is_torchs_own(module)))
 
     def _is_asked(self, module: nn.Module) -> bool:
         if self.fused:  # once a rectifier was seen it waits for good, so that checkpointed calls repeat themselves
             return self.compiled < TRIES
         self.tries[module.training] += 1
         return self.tries[module.training] <= TRIES and self.compiled < TRIES
-
-    def _leave_bias(self, module: nn.Module) -> None:
-        if not any(isinstance(hook, LeaveBias) for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(LeaveBias(self))
-
-
-_BIAS = "_fused_rect_bias"
-
-
-class LeaveBias(Hook):
-    """The forward pre-hook of a convolution that would add its bias in a pass of its own: the rectifier adds it.
-
-    For maps whose outputs only rectifiers read, as the last that can; whoever else reads one has it added first.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __call__(self, module: Any, args: Any) -> Any:
-        if torch.compiler.is_compiling() or not (self.reader.fused and self.reader.bias_waits) or len(args) != 1:
-            return None
-        (input,) = args
-        rank = len(getattr(module, "kernel_size", ()))
-        usual = (
-            _is_ordinary(input)
-            and input.dim() == rank + 2
-            and not functional.map_adds_bias(rank, input.device)
-            and module.bias is not None
-            and self.reader._is_asked(module)
-            and _is_torchs_own(module)
-            and len(module._forward_pre_hooks) == 1
-            and not (module._backward_hooks or module._backward_pre_hooks or globally_hooked() or forward_ad_active())
-        )
-        if not usual:
-            return None
-        bare = input.as_subclass(Bare)
-        bare._input = input
-        return (bare,)
-
-
-class Bare(Tensor):
-    """The input of a convolution that is to leave its bias: torch's forward hands it to the function alone."""
-
-    _input: Tensor
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = map_tree(Bare, lambda t: t.__dict__["_input"], (args, kwargs or {}))
-        bias = args[2] if func in _CONVOLUTIONS and len(args) > 2 else None
-        if bias is None:
-            return func(*args, **kwargs)
-        output = func(*args[:2], None, *args[3:], **kwargs)
-        output.__dict__[_BIAS] = bias
-        return output
-
-
-_CONVOLUTIONS = {getattr(F, f"conv{t}{n}d") for t in ("", "_transpose") for n in (1, 2, 3)}
 
 
 class Leave(Hook):

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_rect as fr
-from fused_rect import functional, fusion
-from fused_rect.fusion import waiting
+from fused_rect import fusion
 
 
 def jagged():
@@ -302,58 +301,6 @@ def test_autograd_functions_read_true_values_and_lose_no_gradient(order):
             y.square().sum().backward()
             results.append([y, *(p.grad for p in m.parameters())])
         torch.testing.assert_close(*results)
-
-
-@pytest.fixture
-def bias_waits(monkeypatch):
-    """As on GPUs: the map's kernel would add its bias in a pass of its own. The biases that rectifiers added."""
-    seen, run = [], waiting.rectify
-    monkeypatch.setattr(functional, "map_adds_bias", lambda rank, device: False)
-    monkeypatch.setattr(waiting, "rectify", lambda call, free, bias=None: (seen.append(bias), run(call, free, bias))[1])
-    return seen
-
-
-def test_the_rectifier_adds_the_bias_of_convolutions_that_only_rectifiers_read(bias_waits):
-    torch.manual_seed(0)
-    layers = (
-        nn.Conv2d(3, 4, 3),
-        nn.ReLU(),
-        nn.ConvTranspose2d(4, 3, 1),
-        nn.LeakyReLU(0.1),
-        nn.Conv2d(3, 3, 1),
-        nn.PReLU(),
-    )
-    plain, x = nn.Sequential(*layers).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    model = fr.fuse(copy.deepcopy(plain))
-    for grad, added in ((True, 0), (False, 3), (True, 2)):
-        bias_waits.clear()
-        with torch.set_grad_enabled(grad):
-            got, expected = model(x), plain(x)
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-        assert sum(bias is not None for bias in bias_waits) == added
-        if grad:
-            gradients = [torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (model, plain)]
-            torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
-    seen = []
-    model[0].register_forward_hook(lambda m, args, output: seen.append(output.clone()))
-    torch.testing.assert_close(model(x), plain(x))
-    torch.testing.assert_close(seen[0], plain[0](x))
-    fr.unfuse(model)
-    assert not any(m._forward_pre_hooks for m in model)
-
-
-@pytest.mark.parametrize("how", ["attribute", "list", "view", "closure", "unread", "no_grad", "over"])
-def test_outputs_without_their_bias_are_seen_by_nobody(how, bias_waits):
-    model, x = Kept().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    plain = copy.deepcopy(model)
-    fr.fuse(model)
-    for now in ("over", "over", how, how, "over", how):
-        results = []
-        for m in (model, plain):
-            out = m(x, now)
-            total = sum(t.square().sum() for t in out) + sum(t.sum() for t in (x, *m.parameters()))
-            results.append([*out, *torch.autograd.grad(total, [x, *m.parameters()])])
-        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 # ---- compilers, checkpoints, shards ----

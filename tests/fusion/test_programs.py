@@ -13,7 +13,6 @@ from programs import forwards, imported
 from torch import nn
 
 import fused_rect as fr
-from fused_rect import functional
 from fused_rect.fusion.waiting import Hook
 
 
@@ -173,15 +172,6 @@ usual = settings(deadline=None, suppress_health_check=list(HealthCheck), print_b
 @programs
 def test_a_written_forward_means_the_same_fused(source, fold, changes, flags):
     check(source, fold, changes, flags)
-
-
-@settings(usual, max_examples=30)
-@programs
-def test_a_written_forward_means_the_same_where_the_rectifier_adds_the_bias(source, fold, changes, flags):
-    """As on GPUs, whose convolutions would add it in a pass of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "map_adds_bias", lambda rank, device: False)
-        check(source, fold, changes, flags)
 
 
 @pytest.mark.exhaustive
