@@ -29,8 +29,9 @@ demo: setup  ## train on real digits, fused and eager side by side, then a quick
 study: setup  ## repeat the evaluation of Xu et al. 2015
 	$(VENV)/bin/fused-rect study $(STUDY)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, its formatter, and mypy
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 test: lint  ## all but the long sweeps

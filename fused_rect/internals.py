@@ -37,7 +37,6 @@ def jit_tracing() -> bool:
 # ---- autograd
 
 
-
 class SingleLevelFunction(_SingleLevelFunction):
     """An autograd.Function for one level of torch.func."""
 

@@ -311,9 +311,7 @@ MUTANTS = [
     Mutant(DIRECT, "no zeros of second order", "anchor.defined() && at::GradMode", "false && at::GradMode"),
     Mutant(DIRECT, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
     Mutant(DIRECT, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
-    Mutant(
-        DIRECT, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"
-    ),
+    Mutant(DIRECT, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"),
     Mutant(DIRECT, "another seed than the one given", "seed_ || !rule.random() ?", "!rule.random() ?"),
     # ---- the eager path
     Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(~negative, 0)", "masked_fill_(negative, 0)"),

@@ -9,9 +9,7 @@ import fused_rect as fr
 RECTIFIERS = ("relu", "leaky_relu", "prelu", "rrelu")
 LOWER, UPPER = 0.1, 0.5
 MAPS = {
-    f"{name}{rank}d": (getattr(F, f"{name}{rank}d"), rank)
-    for name in ("conv", "conv_transpose")
-    for rank in (1, 2, 3)
+    f"{name}{rank}d": (getattr(F, f"{name}{rank}d"), rank) for name in ("conv", "conv_transpose") for rank in (1, 2, 3)
 } | {"linear": (F.linear, 0)}
 
 
@@ -95,8 +93,10 @@ def test_unbatched_input(name, rectifier):
     x, weight, b, slope = operands(name, rank)
     fused, then = getattr(fr.functional, f"{name}_{rectifier}"), torch_rectifier(rectifier, slope)
     if rectifier == "prelu":  # torch's prelu looks for channels in dim 1
+
         def then(z):
             return torch.where(z > 0, z, z * slope.view(-1, *[1] * rank))
+
     torch.testing.assert_close(
         fused(x[0], weight, b, **own_arguments(rectifier, slope)), then(function(x[0], weight, b))
     )
@@ -140,9 +140,7 @@ def test_rrelu_in_training(path, law):
     y = fr.functional.bias_rrelu(z, None, training=True, law=law, seed=seed)
     slopes = fr.random.slopes(seed, z.shape, law=law)
     torch.testing.assert_close(y, torch.where(z > 0, z, z * slopes))
-    torch.testing.assert_close(
-        torch.autograd.grad(y.sum(), z)[0], torch.where(z > 0, 1.0, slopes)
-    )
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), z)[0], torch.where(z > 0, 1.0, slopes))
 
 
 def test_rrelu_in_evaluation_of_the_divisor_law():

@@ -227,17 +227,13 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "rectifier, most", [("ReLU", 1.04), ("LeakyReLU", 0.56), ("PReLU", 1.0), ("RReLU", 0.40)]
-)
+@pytest.mark.parametrize("rectifier, most", [("ReLU", 1.04), ("LeakyReLU", 0.56), ("PReLU", 1.0), ("RReLU", 0.40)])
 def test_bytes_kept_for_backward_against_eager(path, rectifier, most):
     ours, theirs = (kept_for_backward(LAYERS[whose](rectifier)) for whose in ("ours", "eager"))
     assert ours <= most * theirs, f"{ours} bytes are {ours / theirs:.3f} of eager's {theirs}"
 
 
-@pytest.mark.parametrize(
-    "rectifier, most", [("ReLU", 1.04), ("LeakyReLU", 0.65), ("PReLU", 1.0), ("RReLU", 0.45)]
-)
+@pytest.mark.parametrize("rectifier, most", [("ReLU", 1.04), ("LeakyReLU", 0.65), ("PReLU", 1.0), ("RReLU", 0.45)])
 def test_peak_live_bytes_of_training_against_eager(rectifier, most):
     ours = training_peak(lambda: getattr(fr.nn, f"Conv{rectifier}2d")(64, 64, 1))
     theirs = training_peak(lambda: nn.Sequential(nn.Conv2d(64, 64, 1), getattr(nn, rectifier)()))

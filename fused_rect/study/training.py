@@ -46,9 +46,7 @@ class Job:
 class Run:
     """The state of one run: model, optimizer, position and what has been recorded."""
 
-    def __init__(
-        self, job: Job, dataset: Dataset, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, job: Job, dataset: Dataset, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.job, self.device, self.dtype, p = job, device, dtype, job.protocol
         self.train, self.report = batches.prepare(dataset, p, job.seed, device)
         self.model = new_model(p, job.variant, job.seed, self.train.images.shape[1], dataset.classes)
