@@ -63,7 +63,9 @@ def program(sanitizer: str, features: str) -> Path:
         KEPT.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         done = subprocess.run(
-            [*command, str(SOURCE), "-o", str(partial), *build.LIBRARIES], capture_output=True, text=True
+            [*command, str(SOURCE), str(build.SOURCES[build.KERNELS]), "-o", str(partial), *build.LIBRARIES],
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise RuntimeError(f"no program for {sanitizer}, {features}:\n{done.stderr}")

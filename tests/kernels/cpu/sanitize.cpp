@@ -4,12 +4,21 @@
 //
 // A case is a forward pass and its backward passes: from the bits and from the input, in place and not, on one thread and on several,
 // and with each of its allocations failing in turn. Results must agree, and where memory is lacking nothing may have been written.
-#include "rectify.cpp"
-
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <new>
 #include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+
+extern "C" int fused_rect(const Call *);
 
 static std::atomic<long> allocations_left{-1};  // negative: as many as wanted
 
@@ -50,12 +59,21 @@ struct Memory {
   }
 };
 
+static void put(char *to, int type, double x) {
+  const float f = (float)x;
+  const _Float16 h = (_Float16)f;
+  if (type == float64) std::memcpy(to, &x, 8);
+  else if (type == float32) std::memcpy(to, &f, 4);
+  else if (type == float16) std::memcpy(to, &h, 2);
+  else std::memcpy(to, (const char *)&f + 2, 2);  // bfloat16, cut off
+}
+
 // Numbers around zero, now and then special ones, now and then any bits at all.
 static Memory numbers(Random64 &r, int64_t count, int type) {
   Memory m(r, count, bytes_of[type]);
   const double special[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e-45, -1e-45, 3e38, 65504, 65520, -65519.9, 6e-8};
   const bool raw = one_in(r, 8);
-  for (int64_t i = 0; i < count; i++) put(m.at, i, type, one_in(r, 16) ? special[r() % 12] : (double)from(r, -4000, 4000) / 1000);
+  for (int64_t i = 0; i < count; i++) put(m.at + i * bytes_of[type], type, one_in(r, 16) ? special[r() % 12] : (double)from(r, -4000, 4000) / 1000);
   for (size_t i = 0; raw && i < m.bytes; i++) m.at[i] = (char)r();
   return m;
 }
