@@ -229,4 +229,3 @@ def _write(
         except OSError as error:
             status = _failed(error, 1)
     return status
-
