@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 
 from ..rules import Need, Parameters, Rule
 from . import reduce
-from .plan import VECTOR, Plan, channel_layout, plan
+from .plan import THREADS, VECTOR, Plan, channel_layout, plan
 from .rectify import rectify
 
 Shape = tuple[int, ...]
@@ -126,7 +126,7 @@ def rectify_call(
         "ACROSS": p.across,
         "SEGMENT": p.segment if summed else 0,
         "COMPUTE": _triton_type(_computed_in(dtype)),
-        **_OPTIONS,
+        **_options(),
     }
     return Call(rectify, (p.programs,), numbers, constants, p)
 
@@ -156,13 +156,16 @@ def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
         "INDEX_64": p.index_64,
         "SUMS": sums,
         "COMPUTE": _triton_type(compute),
-        **_OPTIONS,
+        **_options(),
     }
     return Call(reduce.finish, (-(-p.channels // block), sums), numbers, constants, p)
 
 
-# Contracted products would no longer equal eager's bit for bit.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+@functools.cache
+def _options() -> dict[str, Any]:
+    wavefront = torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
+    # Contracted products would no longer equal eager's bit for bit.
+    return {"num_warps": THREADS // wavefront, "enable_fp_fusion": False}
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -78,11 +78,13 @@ def launches(step: Step) -> list[Launch]:
     import triton
 
     from fused_rect.kernels import variants
+    from fused_rect.kernels.plan import THREADS
 
     dtype, target = getattr(torch, step.dtype), gpu_target(step.target)
     found = variants.training_step(Rule.default(step.rectifier), dtype, step.shape, NAMES[step.layout])
+    warps = {"num_warps": THREADS // target.warp_size}
     return [
-        Launch(v, triton.compile(v.source(), target=target, options=v.options), moved)
+        Launch(v, triton.compile(v.source(), target=target, options={**v.options, **warps}), moved)
         for v, moved in zip(found, _bytes(step, found[1].plan, dtype.itemsize), strict=True)
     ]
 

