@@ -78,7 +78,9 @@ def run(sanitizer: str, features: str, seed: int, first: int, count: int) -> tup
     command = [str(program(sanitizer, features)), str(seed), str(first), str(count)]
     # ThreadSanitizer knows only address spaces that are laid out at the usual places.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    # GCC aligns the stacks of that check to 32 bytes, where vectors of 64 are stored (its bug 110027).
+    returned = "detect_stack_use_after_return=" + ("0" if features == "AVX512" else "1")
+    options = {"ASAN_OPTIONS": returned, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     done = subprocess.run([*fixed, *command], capture_output=True, text=True, env={**os.environ, **options})
     return done.returncode == 0, (done.stdout + done.stderr).strip()
 
