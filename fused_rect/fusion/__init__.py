@@ -9,14 +9,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..nn import Fused
-from .rewrite import Site
 from .waiting import MAPS, Hook, Leave, Reader
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rectifier behind a linear map: fused, or left with the reason."""
+
+    where: str
+    linear_map: str
+    rectifier: str
+    fused: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        verdict = "fused" if self.fused else f"left: {self.reason}"
+        return f"{self.where or 'model'}: {self.linear_map} + {self.rectifier}: {verdict}"
 
 
 def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
