@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -137,3 +138,9 @@ print([m for m in new if m.split(".")[0] in ("triton", "rich", "pandas", "scipy"
 print("torch._inductor.compile_fx" in new, "fused_rect.kernels.launch" in new)
 """
     assert run(code).split("\n")[:2] == ["[]", "False False"]
+
+
+def test_every_folder_is_in_the_wheel():
+    declared = re.search(r"^packages = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    listed = set(re.findall(r'"fused_rect\.?([\w.]*)"', declared[1]))
+    assert listed == {".".join(p.parent.relative_to(PACKAGE).parts) for p in sources() if p.name == "__init__.py"}
