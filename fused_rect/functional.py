@@ -155,14 +155,12 @@ class Shared(NamedTuple):
 
 
 def share_bias(bias: Tensor | None, rank: int, device: torch.device) -> Shared:
-    """Who adds the bias of a map: the one place that decides. rank: spatial dims of a convolution, 0 for a linear map.
+    """Who gets the bias of a map; `map_adds_bias` says who adds it.
 
-    A map whose own kernel adds it before it rounds keeps it: matrix products do on every device, and so do the CPU's
-    convolutions. cuDNN's leave it to a pass of its own over their rounded output, which the epilogue saves.
-    In training it gets it without history: the gradient is summed in the rectifier's pass over the output's. But a
+    In training the map gets it without history: the gradient is summed in the rectifier's pass over the output's. But a
     function transform may differentiate again, by a history that each of its levels has to see: there it is the map's.
     """
-    if bias is None or (rank > 0 and device.type != "cpu"):
+    if bias is None or not map_adds_bias(rank, device):
         return Shared(None, bias, False)
     if not (torch.is_grad_enabled() and bias.requires_grad):
         return Shared(bias, None, False)

@@ -82,13 +82,3 @@ without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which
 # ---- modules
 
 CALLS = (_module.Module.__call__, _module.Module._call_impl)  # what runs between a call of a module and its forward
-
-
-def globally_hooked() -> bool:
-    """Whether every module has a hook."""
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )

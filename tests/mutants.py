@@ -438,7 +438,7 @@ MUTANTS = [
     Mutant(
         FUNCTIONAL,
         "the bias added after rounding",
-        'if bias is None or (rank > 0 and device.type != "cpu"):',
+        "if bias is None or not map_adds_bias(rank, device):",
         "if True:",
     ),
     Mutant(
