@@ -152,6 +152,12 @@ def vgg() -> nn.Module:
     return model
 
 
+def resnet() -> nn.Module:
+    module = timm("resnet")
+    model: nn.Module = module.ResNet(module.BasicBlock, [1] * 4, num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    return model.eval()
+
+
 def hifigan() -> nn.Module:
     with without_torchvision():
         speecht5: Any = importlib.import_module("transformers.models.speecht5")
@@ -172,6 +178,7 @@ MODELS = {
     "DnCNN": Model("spandrel", dncnn, (1, 3, 12, 12), fold=True),
     "DRUNet": Model("spandrel", drunet, (1, 3, 16, 16)),
     "VGG": Model("timm", vgg, (2, 3, 56, 56)),
+    "ResNet": Model("timm", resnet, (2, 3, 32, 32), fold=True),
     "HiFi-GAN": Model("transformers", hifigan, (1, 8, 16)),
 }
 

@@ -32,6 +32,10 @@ FILES, CLI = "fused_rect/files.py", "fused_rect/cli.py"
 PROFILE, MEASURE, RECORDS, NAMED, PEERS = (
     f"perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers")
 )
+SITES, PLACEMENT, REWRITE, CALLS = (
+    f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls")
+)
+COMPILED = ["tests/compile/test_compile_surroundings.py", "tests/compile/test_compile.py"]
 PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
 AUTOGRAD, FUNCTIONAL, REFERENCE = "fused_rect/ops/autograd.py", "fused_rect/functional.py", "fused_rect/reference.py"
@@ -56,6 +60,8 @@ FOCUSED = {
     FILES: ["tests/test_files.py"],
     **dict.fromkeys((CLI, PROFILE, MEASURE, RECORDS, NAMED), PROFILE_FAULTS),
     PEERS: ["tests/profiling/test_profile.py"],
+    PLACEMENT: ["tests/compile/test_moves.py"],
+    **dict.fromkeys((SITES, REWRITE, CALLS), COMPILED),
     STATISTICS: ["tests/study/test_study_report.py"],
     TRAINING: ["tests/study/test_study_training.py"],
     OPS: [
@@ -71,6 +77,17 @@ FOCUSED = {
 REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/test_gpu_check.py"]
 
 MUTANTS = [
+    # ---- torch.compile
+    Mutant(SITES, "modes overlooked", "if modes[source] != modes[node]:", "if modes[source][1] != modes[node][1]:"),
+    Mutant(SITES, "another dtype overlooked", "if before.dtype != after.dtype:", "if before.dim() != after.dim():"),
+    Mutant(SITES, "a second reader", "if len(source.users) > 1:", "if len(source.users) > 2:"),
+    Mutant(PLACEMENT, "readers that fuse cost nothing", "s + s * a.fusing)", "s)"),
+    Mutant(PLACEMENT, "gradients are always there", "(0 if a.ready else 2 * s)", "0"),
+    Mutant(REWRITE, "one seed for all sites", "self.used[device] += 1", "self.used[device] = 1"),
+    Mutant(
+        REWRITE, "every gradient is our own", "return len(value.users) == 1 and all", "return bool(value.users) or all"
+    ),
+    Mutant(CALLS, "an absent bias gradient", "of_bias if need_bias else None", "of_bias"),
     # ---- random slopes
     Mutant(PHILOX, "a round too few", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(6)"),
     Mutant(PHILOX, "a digit of the multiplier", "0xD2511F53", "0xD2511F57"),

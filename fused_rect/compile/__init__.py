@@ -158,8 +158,12 @@ class Report(list[Site]):
     @property
     def moved(self) -> tuple[float, float]:
         """Bytes that the rectifiers' own reads and writes amount to in a training step, placed so and by Inductor."""
-        known = [(site.bytes_here, site.bytes_inductor) for site in self if site.bytes_inductor is not None]
-        return sum(here or 0 for here, _ in known), sum(plain for _, plain in known)
+        here = plain = 0.0
+        for site in self:
+            if site.elements is not None and site.ours is not None and site.inductor is not None:
+                here += site.elements * (site.ours if site.fused else site.inductor)
+                plain += site.elements * site.inductor
+        return here, plain
 
 
 def explain(

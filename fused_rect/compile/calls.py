@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional, ops, rules
 from ..ops.checks import dense_stride
 from ..rules import Parameters, Rule
+from .in_place import rectify_backward_
 from .sites import RANKS
 
 FUNCTIONS = {name: getattr(F, name) for name in RANKS}
@@ -34,12 +35,13 @@ def behind_map(
     own: dict[str, Any],
     seed: Tensor | None,
     inline: bool,
+    fresh: bool,
     channels_last: bool,
 ) -> Tensor:
     """`linear_map(*arguments, **named)`, rectified. own: the rectifier's arguments.
 
-    inline: forward in torch's operations. channels_last: the map's output will lie so in memory, whatever it looks like
-    while it is traced.
+    inline: forward in torch's operations. fresh: nobody else will read the output's gradient.
+    channels_last: the map's output will lie so in memory, whatever it looks like while it is traced.
     """
     rank = RANKS[linear_map]
     z, bias, added = _mapped(linear_map, rank, *arguments, **named)
@@ -49,7 +51,7 @@ def behind_map(
         z = torch.ops.aten._unsafe_view(z.contiguous() if rank == 0 else z, batched)
     parameters = Parameters(bias, own.get("weight"), seed)
     last = channels_last and z.dim() == 4
-    out = _rectified(z, parameters, rule(rectifier, own), added, inline, in_place=True, channels_last=last)
+    out = _rectified(z, parameters, rule(rectifier, own), added, inline, fresh, in_place=True, channels_last=last)
     return out if len(batched) == len(shape) else out.view(shape)
 
 
@@ -61,15 +63,30 @@ def _mapped(
 
 
 def bare(
-    input: Tensor, rectifier: str, own: dict[str, Any], seed: Tensor | None, inline: bool, in_place: bool
+    input: Tensor,
+    rectifier: str,
+    own: dict[str, Any],
+    seed: Tensor | None,
+    inline: bool,
+    fresh: bool,
+    in_place: bool,
 ) -> Tensor:
     """`input`, rectified."""
     parameters = Parameters(None, own.get("weight"), seed)
-    return _rectified(input, parameters, rule(rectifier, own), False, inline, in_place=in_place, channels_last=False)
+    return _rectified(
+        input, parameters, rule(rectifier, own), False, inline, fresh, in_place=in_place, channels_last=False
+    )
 
 
 def _rectified(
-    z: Tensor, parameters: Parameters, rule: Rule, bias_added: bool, inline: bool, in_place: bool, channels_last: bool
+    z: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    bias_added: bool,
+    inline: bool,
+    fresh: bool,
+    in_place: bool,
+    channels_last: bool,
 ) -> Tensor:
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *parameters))):
         if not in_place:
@@ -78,7 +95,7 @@ def _rectified(
         return z
     stride = _channels_last(z.shape) if channels_last else None
     apply: Any = _Rectify.apply
-    out: Tensor = apply(z, *parameters, rule, bias_added, inline, in_place, stride)
+    out: Tensor = apply(z, *parameters, rule, bias_added, inline, fresh, in_place, stride)
     return out
 
 
@@ -104,10 +121,11 @@ class _Rectify(torch.autograd.Function):
         rule: Rule,
         bias_added: bool,
         inline: bool,
+        fresh: bool,
         in_place: bool,
         stride: Sequence[int] | None,
     ) -> Tensor:
-        ctx.rule, ctx.bias_dtype = rule, None if bias is None else bias.dtype
+        ctx.rule, ctx.bias_dtype, ctx.fresh = rule, None if bias is None else bias.dtype, fresh
         given = ops.flat(Parameters(bias, weight, seed), rule)
         if rule.keeps_input:
             ctx.stride = None
@@ -126,15 +144,13 @@ class _Rectify(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, bias, weight, seed = ctx.saved_tensors
         _, need_bias, need_weight = ctx.needs_input_grad[:3]
-        of_z, of_bias, of_weight = ops.rectify_backward(
-            grad,
-            kept,
-            *ops.flat(Parameters(bias, weight, seed), ctx.rule),
-            ctx.bias_dtype if need_bias else None,
-            need_weight,
-            ctx.stride,
-        )
-        return of_z, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 6
+        given = ops.flat(Parameters(bias, weight, seed), ctx.rule)
+        wanted = ctx.bias_dtype if need_bias else None, need_weight, ctx.stride
+        if ctx.fresh:
+            of_bias, of_weight = rectify_backward_(grad, kept, *given, *wanted)
+        else:
+            grad, of_bias, of_weight = ops.rectify_backward(grad, kept, *given, *wanted)
+        return grad, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 7
 
 
 def _inline(z: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import ops
+from .in_place import rectify_backward_
 from .sites import MAPS, RANKS
 
 
@@ -32,7 +33,7 @@ def channels_last(graphs: list[fx.Graph], patches: dict[str, Any]) -> bool:
         for argument in node.args[:2]:
             operands.append(asked.placeholder(f"operand_{len(asked.nodes)}"))
             operands[-1].meta["val"] = _value(argument)
-        groups = _groups(node, name)
+        groups = _groups(node)
         asked.call_function(torch.ops.aten.convolution.default, (*operands, None, [], [], [], False, [], groups))
     if any(node.meta["val"].device.type == "cpu" for node in asked.nodes if node.op == "placeholder"):
         return bool(patches.get("layout_optimization", False))  # what the backend asks for there
@@ -48,9 +49,8 @@ def _value(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _groups(node: fx.Node, name: str) -> Any:
-    position = 7 if name.startswith("conv_transpose") else 6
-    return node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
+def _groups(node: fx.Node) -> Any:
+    return node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)  # of transposed ones too
 
 
 @functools.cache
@@ -80,5 +80,5 @@ def let_inductor_choose() -> None:
             args = (cast(Any, ir.ExternKernel.require_exact_strides(args[0], stride)), *args[1:])
         return args, kwargs
 
-    for op in (*leading, ops.rectify_, ops.rectify_bits_):
+    for op in (*leading, ops.rectify_, ops.rectify_bits_, rectify_backward_):
         make_fallback(op, layout_constraint=constraint, warn=False)

@@ -41,11 +41,15 @@ class Site:
     rectifier: str
     place: str
     reason: str
-    bytes_here: float | None = None  # moved in a training step, counted by :func:`.placement.traffic` ...
-    bytes_inductor: float | None = None  # ... and by plain Inductor
+    elements: int | None = None  # None where the shape is dynamic
+    ours: float | None = (
+        None  # bytes an element in a training step with an op of ours, by :func:`.placement.traffic` ...
+    )
+    inductor: float | None = None  # ... and under plain Inductor; None where bytes did not decide
 
     @property
     def fused(self) -> bool:
+        """Whether forward or backward is an op of ours."""
         return self.place != INDUCTOR
 
     @property
@@ -54,7 +58,11 @@ class Site:
 
     @property
     def verdict(self) -> str:
-        return f"{self.place}: {self.reason}"
+        if self.ours is None or self.inductor is None:
+            return f"{self.place}: {self.reason}"
+        here, there = (self.ours, self.inductor) if self.fused else (self.inductor, self.ours)
+        than = "Inductor's" if self.fused else "an op's"
+        return f"{self.place}: {self.reason}; {here:g} bytes an element, {than} {there:g}"
 
     def __str__(self) -> str:
         return f"{self.name}: {self.verdict}"
@@ -65,6 +73,7 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
 
     channels_last: so will the convolutions of two dims lie in memory, whatever the graph says.
     """
+    _hoist_numbers(graph)
     random = any(f.obstacle is None and _is_random(f) for f in find(graph))
     last = channels_last and not (random and how.eager_random)
     chosen = [(found, _choose(found, how, last)) for found in find(graph)]
@@ -75,6 +84,14 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
         if choice.place != INDUCTOR:
             _replace(graph, found, choice.place == BACKWARD, seeds, last)
     return sites
+
+
+def _hoist_numbers(graph: fx.Graph) -> None:
+    """Dynamo passes a dynamic float as a tensor, and reads it where it is first used: after the map before it."""
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        if node.target == "item" and node.args[0].op == "placeholder" and node is not start:
+            start.prepend(node)
 
 
 def _is_random(found: Found) -> bool:
@@ -134,7 +151,19 @@ def _around(found: Found, channels_last: bool) -> Around:
         len(found.node.users) - opaque,
         _gradient_is_ready(found.node, relaid),
         found.map_node is not None or found.source.op == "placeholder",
+        _elements(value),
+        next((_name(user) for user in found.node.users if not _is_opaque(user, found.node, relaid)), ""),
     )
+
+
+def _elements(value: torch.Tensor) -> int | None:
+    """The elements of a GPU's tensor, if they are known."""
+    count = value.numel()
+    return count if isinstance(count, int) and value.device.type != "cpu" else None
+
+
+def _name(node: fx.Node) -> str:
+    return "result" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
 
 
 _PRODUCTS = (torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, "matmul", "bmm", "mm")
@@ -160,6 +189,11 @@ def _gradient_is_ready(value: fx.Node, relaid: bool) -> bool:
     return part and _value(user).shape == _value(value).shape and _gradient_is_ready(user, relaid)
 
 
+def _is_fresh(value: fx.Node) -> bool:
+    """Whether the gradient of ``value`` is the result of one convolution's or matrix product's backward, read by us."""
+    return len(value.users) == 1 and all(_is_opaque(user, value, relaid=True) for user in value.users)
+
+
 def _adds_bias(found: Found, value: torch.Tensor) -> bool:
     if found.map_node is None or functional.map_adds_bias(RANKS[found.linear_map], value.device):
         return False
@@ -168,14 +202,10 @@ def _adds_bias(found: Found, value: torch.Tensor) -> bool:
 
 
 def _site(found: Found, choice: Choice) -> Site:
-    value, here = found.node.meta.get("example_value"), None
-    plain = choice.inductor
-    if plain is not None and isinstance(value, torch.Tensor) and isinstance(value.numel(), int):
-        here = (plain if choice.place == INDUCTOR else choice.ours or 0) * value.numel()
-        plain = plain * value.numel()
-    else:
-        plain = None
-    return Site(found.where, found.linear_map, found.rectifier, choice.place, choice.reason, here, plain)
+    value = found.node.meta.get("example_value")
+    elements = value.numel() if isinstance(value, torch.Tensor) else None
+    known = elements if isinstance(elements, int) else None
+    return Site(found.where, found.linear_map, found.rectifier, choice.place, choice.reason, known, *choice[2:])
 
 
 # ---- what is put in place ----
@@ -216,7 +246,7 @@ def _replace(graph: fx.Graph, found: Found, inline: bool, seeds: _Seeds, channel
     place = found.map_node or found.node
     with graph.inserting_before(place):
         seed = seeds.next(found) if _is_random(found) else None
-        own = (found.rectifier, found.arguments, seed, inline)
+        own = (found.rectifier, found.arguments, seed, inline, _is_fresh(found.node))
         if found.map_node is not None:
             call = (found.linear_map, found.map_node.args, dict(found.map_node.kwargs), *own, channels_last)
             new = graph.call_function(calls.behind_map, call)

@@ -154,9 +154,6 @@ def _weight_obstacle(arguments: dict[str, Any], value: torch.Tensor, dims: int) 
 def _order_obstacle(node: fx.Node, source: fx.Node, arguments: dict[str, Any]) -> str | None:
     """The rectifier's arguments are read where the convolution stands: they must be there, and stay the same."""
     nodes = [a for a in arguments.values() if isinstance(a, fx.Node)]
-    for argument in nodes:
-        if argument.target == "item" and argument.args[0].op == "placeholder":  # type: ignore[union-attr]
-            source.prepend(argument)  # how Dynamo passes a dynamic float
     between = source.next
     while between is not node:
         for argument in nodes:
