@@ -37,7 +37,7 @@ class Block:
     build: Callable[[nn.Module], nn.Module]
     shape: tuple[int, ...] = (2, C, 16, 16)
     chain: bool = False  # of maps and rectifiers alone: what the figures for chains are about
-    channels_last: bool = False
+    memory_format: torch.memory_format = torch.preserve_format
     compile: dict[str, Any] = field(default_factory=dict)  # keywords of torch.compile
 
 
@@ -63,7 +63,7 @@ sequence("chain", conv, None, conv, None, conv, None, chain=True)
 sequence("head", conv, None, conv)
 sequence("tail", conv, conv, None)
 sequence("chain without bias", *(lambda: conv(bias=False), None) * 3)
-sequence("chain, channels last", conv, None, conv, None, conv, None, chain=True, channels_last=True)
+sequence("chain, channels last", conv, None, conv, None, conv, None, chain=True, memory_format=torch.channels_last)
 sequence("chain, dynamic shapes", conv, None, conv, None, conv, None, chain=True, compile={"dynamic": True})
 sequence("wide chain", *(lambda: conv(72, 72), None) * 2, shape=(1, 72, 8, 8))
 sequence("chain, 1d", *(lambda: nn.Conv1d(C, C, 3, padding=1), None) * 3, shape=(2, C, 256), chain=True)

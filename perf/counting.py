@@ -9,6 +9,7 @@ are what the memory would have to move, not time. Exits with 1 where ours moves,
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.util
 import itertools
@@ -27,7 +28,7 @@ from fused_rect import compile as fused_compile
 from fused_rect import files
 
 from .blocks import BLOCKS, Block
-from .models import MODELS
+from .models import MODELS, Model
 
 RESULTS = Path(__file__).with_name("results") / "compiled.json"
 RECTIFIERS: dict[str, Callable[[], nn.Module]] = {
@@ -132,11 +133,19 @@ def compare(name: str, make: Callable[[], nn.Module], x: Tensor, mode: str, rect
 
 def rows(names: Iterable[str], rectifiers: Iterable[str], dtypes: Iterable[str], modes: Iterable[str]) -> Iterable[Row]:
     for name, dtype, mode in itertools.product(list(names), list(dtypes), list(modes)):
-        about = BLOCKS.get(name) or Block(lambda _, name=name: MODELS[name].build(), MODELS[name].shape)  # type: ignore[misc]
+        about = BLOCKS.get(name) or _of_others(MODELS[name])
         x = torch.randn(about.shape, device="cuda", dtype=getattr(torch, dtype)).to(memory_format=about.memory_format)
         for rectifier in rectifiers if name in BLOCKS else ["its own"]:
             act = RECTIFIERS.get(rectifier, nn.Identity)
-            yield compare(name, lambda about=about, act=act: about.build(act()), x, mode, rectifier, about)  # type: ignore[misc]
+            yield compare(name, functools.partial(_built, about, act), x, mode, rectifier, about)
+
+
+def _of_others(model: Model) -> Block:
+    return Block(lambda _: model.build(), model.shape)
+
+
+def _built(about: Block, rectifier: Callable[[], nn.Module]) -> nn.Module:
+    return about.build(rectifier())
 
 
 def load(path: Path = RESULTS) -> list[Row]:

@@ -9,7 +9,7 @@ from fused_rect.perf import models, reach
 from fused_rect.perf.profiling.memory import peak_live_bytes
 
 # How many sites each has; a lower number means that fuse() lost some.
-SITES = {"RRDBNet": 14, "Compact": 5, "CUGAN UNet": 8, "DnCNN": 4, "DRUNet": 7, "VGG": 6, "HiFi-GAN": 21}
+SITES = {"RRDBNet": 14, "Compact": 5, "CUGAN UNet": 8, "DnCNN": 4, "DRUNet": 7, "VGG": 6, "ResNet": 5, "HiFi-GAN": 21}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
