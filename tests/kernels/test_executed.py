@@ -32,9 +32,9 @@ BUDGET = {"leaky_relu": (14, 14), "prelu": (14, 21), "rrelu": (33, 31)}
 ODD_PLANE_OF_ONE_IMAGE = {"leaky_relu": (14, 14), "prelu": (14, 23.5), "rrelu": (33, 31.5)}
 # Few rows of (N, C) with an odd C: 32 rows share a column's partial sums, 4 bytes written and read again for 132.
 FEW_ROWS = {"leaky_relu": (14, 15), "prelu": (14, 24), "rrelu": (33, 33)}
-# ptxas settles for 72 registers, seven programs a multiprocessor, and keeps one pointer in memory: a store and a load for
-# 64 elements. Parameters in another order, or converted later, leave it so; behind the loads they cost 1.7 instructions
-# per element.
+# ptxas settles for 72 registers, seven programs a multiprocessor, and keeps one pointer in memory: a store and a load
+# for 64 elements. Parameters in another order, or converted later, leave it so; behind the loads they cost 1.7
+# instructions per element.
 SPILLED = {(90, "prelu", "forward", "channels_last", torch.float16): 8}
 QUICK = [((32, 51, 29, 31), "contiguous"), ((16, 96, 28, 28), "channels_last")]
 SHAPES = [
@@ -62,7 +62,7 @@ def budget(shape):
 
 
 def count(shape, layout, rule, dtype, backward):
-    """(instructions per element, sectors over the least, widest access, machine code, target) of one call's launches."""
+    """(instructions per element, sectors over the least, widest access, machine code, target) of one call."""
     x = torch.randn(shape).to(dtype)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
