@@ -1,12 +1,12 @@
 """`make fuzz`: random cases, each path against the eager path, the float64 specification, or torch's own autograd.
 
-    python tests/fuzz.py [native|interpreter|autograd ...] [--seed 0] [--first 0] [--count N]
+    python tests/fuzz.py [native|triton|autograd ...] [--seed 0] [--first 0] [--count N]
 
-native       the C++ kernels, called through the ops in Python and through those in C++: outputs, bits, gradients, sums
-interpreter  the same of the Triton kernels in Triton's interpreter
-autograd     programs of fused calls and tensor operations, in place and not, on views, under no_grad, and what is asked
-             of them (backward, twice, double backward, forward mode, vmap, checkpoints), against the same programs of
-             the differentiable specification: values, gradients, and who raises
+native    the C++ kernels, called through the ops in Python and through those in C++: outputs, bits, gradients, sums
+triton    the same of the Triton kernels, in Triton's interpreter; tests/test_fuzz.py on whatever they are run on
+autograd  programs of fused calls and tensor operations, in place and not, on views, under no_grad, and what is asked
+          of them (backward, twice, double backward, forward mode, vmap, checkpoints), against the same programs of
+          the differentiable specification: values, gradients, and who raises
 
 Case n of a seed is the same wherever it is run: a wrong one ends with its number, and --first n --count 1 repeats it.
 """
@@ -331,7 +331,7 @@ def autograd(rng: random.Random) -> None:
 
 KINDS: dict[str, tuple[Callable[[random.Random], None], int]] = {  # kind -> a case, and how many take about 20 s
     "native": (values("native", 40_000), 300),
-    "interpreter": (values("triton", 400), 80),
+    "triton": (values("triton", 400), 80),
     "autograd": (autograd, 2000),
 }
 

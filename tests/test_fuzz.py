@@ -1,19 +1,27 @@
 """`make fuzz`, a minute's share of it; and that it notices a wrong bit."""
 
+import os
+
 import fuzz
 import pytest
 import torch
 
 from fused_rect.kernels import cpu
 
-EXHAUSTIVE = {"native": 200, "interpreter": 50, "autograd": 1500}
+# Compiled, a case takes some seconds: hardly two of them share a kernel.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXHAUSTIVE = {"native": 200, "triton": 50 if INTERPRETED else 15, "autograd": 1500}
+MARKS = {"triton": [pytest.mark.ptx]}
 
 
 @pytest.mark.parametrize(
     "kind, count",
     [
-        *[(kind, 3) for kind in fuzz.KINDS],
-        *[pytest.param(kind, count, marks=pytest.mark.exhaustive) for kind, count in EXHAUSTIVE.items()],
+        *[pytest.param(kind, 3, marks=MARKS.get(kind, ())) for kind in fuzz.KINDS],
+        *[
+            pytest.param(kind, count, marks=[pytest.mark.exhaustive, *MARKS.get(kind, ())])
+            for kind, count in EXHAUSTIVE.items()
+        ],
     ],
 )
 def test_nothing_is_wrong(kind, count):
