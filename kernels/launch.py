@@ -2,7 +2,7 @@
 
 Tensors arrive checked and dense (`fused_rect.ops`). Nothing here asks for a CUDA tensor: CPU tensors go to whatever
 Triton driver or interpreter is active. What depends on shapes alone is worked out once per shape (`rectify_call`,
-`finish_call`), so that a launch costs a look-up more than Triton's own.
+`finish_call`), and what Triton compiled for it is kept there (`compiled.py`), so that a launch costs look-ups.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import functools
 import math
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -21,30 +22,42 @@ from triton.runtime.driver import driver
 
 from ..rules import Need, Parameters, Rule
 from . import reduce
+from .compiled import Launchable, launchable
 from .plan import THREADS, VECTOR, Plan, channel_layout, plan
 from .rectify import rectify
 
 Shape = tuple[int, ...]
 
 
-class Call(NamedTuple):
-    """One launch but for its tensors: ``kernel[grid](**tensors, **numbers, **constants)``."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One launch but for its tensors, the kernel's first arguments: ``kernel[grid](*tensors, *rest, **options)``."""
 
     kernel: Any
     grid: tuple[int, ...]
-    numbers: dict[str, int]
+    numbers: dict[str, Any]
     constants: dict[str, Any]
+    options: dict[str, Any]
     plan: Plan
+    compiled: dict[Any, Launchable] = field(default_factory=dict)
 
-    def __call__(self, **tensors: Tensor | None) -> None:
-        self.kernel[self.grid](**tensors, **self.numbers, **self.constants)
+    @functools.cached_property
+    def rest(self) -> tuple[Any, ...]:
+        return (*self.numbers.values(), *self.constants.values())
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        found = launchable(self.kernel, self.grid, tensors, self.rest, self.options, self.compiled)
+        if found is None:
+            self.kernel[self.grid](*tensors, *self.rest, **self.options)
+        else:
+            found(tensors)
 
 
 def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
     """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
     call = _rectify_call(x, parameters, rule, Need())
     with _device_of(x):
-        call(x=x, grad=None, out=out, bits=bits, partials=None, **parameters._asdict())
+        call(x, None, out, bits, *parameters, None)
 
 
 def backward(
@@ -60,12 +73,12 @@ def backward(
     # One for each sum that is needed: the bias's in the dtype wanted, PReLU's to be summed on, or rounded.
     outputs = [dtype for dtype in (need.bias, compute if need.weight else None) if dtype is not None]
     with _device_of(grad):
-        partials = grad.new_empty((len(outputs), call.plan.partials), dtype=compute) if outputs else None
-        call(x=x, grad=grad, out=grad_input, bits=bits, partials=partials, **parameters._asdict())
+        partials = grad.new_empty((len(outputs), call.numbers["stride"]), dtype=compute) if outputs else None
+        call(x, grad, grad_input, bits, *parameters, partials)
         sums = [grad.new_empty((call.plan.channels,), dtype=dtype) for dtype in outputs]
         if sums:
             finish = finish_call(call.plan, len(sums), compute)
-            finish(partials=partials, first=sums[0], second=sums[1] if len(sums) == 2 else None)
+            finish(partials, sums[0], sums[1] if len(sums) == 2 else None)
     grad_bias = None if need.bias is None else sums[0]
     return grad_bias, _as_weight(sums[-1], parameters.weight) if need.weight else None
 
@@ -126,9 +139,8 @@ def rectify_call(
         "ACROSS": p.across,
         "SEGMENT": p.segment if summed else 0,
         "COMPUTE": _triton_type(_computed_in(dtype)),
-        **_options(),
     }
-    return Call(rectify, (p.programs,), numbers, constants, p)
+    return Call(rectify, (p.programs,), numbers, constants, _options(), p)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,9 +168,8 @@ def finish_call(p: Plan, sums: int, compute: torch.dtype) -> Call:
         "INDEX_64": p.index_64,
         "SUMS": sums,
         "COMPUTE": _triton_type(compute),
-        **_options(),
     }
-    return Call(reduce.finish, (-(-p.channels // block), sums), numbers, constants, p)
+    return Call(reduce.finish, (-(-p.channels // block), sums), numbers, constants, _options(), p)
 
 
 @functools.cache
@@ -184,7 +195,10 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.device.type == "cpu":
         _require_a_driver_for_cpu_tensors()
         return nullcontext()
-    guard: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device_of(tensor)
+    module = torch.get_device_module(tensor.device)
+    if module.current_device() == tensor.get_device():
+        return nullcontext()
+    guard: AbstractContextManager[Any] = module.device_of(tensor)
     return guard
 
 

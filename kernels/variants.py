@@ -120,8 +120,7 @@ def _variant(name: str, call: Call, pointers: dict[str, torch.dtype | None]) -> 
             signature[argument] = parameter.annotation_type or ("i64" if value >= 2**31 else "i32")
             if specialized and value % 16 == 0:
                 attrs[(place,)] = [["tt.divisibility", 16]]
-    options = {key: call.constants[key] for key in ("num_warps", "enable_fp_fusion")}
-    return Specialization(name, call.kernel, call.grid, call.plan, signature, constexprs, attrs, options)
+    return Specialization(name, call.kernel, call.grid, call.plan, signature, constexprs, attrs, call.options)
 
 
 def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

@@ -415,8 +415,8 @@ MUTANTS = [
     Mutant(
         OPS,
         "keys of the first tensor alone",
-        "tensors = (t for t in args if isinstance(t, Tensor))",
-        "tensors = (args[0],)",
+        "tensors = [t for t in args if isinstance(t, Tensor)]",
+        "tensors = [args[0]]",
     ),
     # ---- faults: the build, whose choice it is, the study
     Mutant(BUILD, "a damaged library is loaded", 'path.stem == f"{key}-{_hash(path.read_bytes())}"', "path.stat()"),

@@ -17,6 +17,7 @@ may choose other layouts for backward's tensors than it had for forward's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,19 +235,25 @@ def _gradients(
     )
 
 
-# The dispatch keys of an ordinary CPU tensor: no subclass, no fake, functional, negated or zero tensor.
-_ORDINARY = internals.dispatch_keys(torch.empty(0))
+@functools.cache
+def _ordinary(device_type: str) -> Any:
+    """The dispatch keys of an ordinary tensor: no subclass, no fake, functional, negated or zero tensor."""
+    if device_type == "cuda" and not torch.cuda.is_available():  # fake ones are there all the same
+        return None
+    return internals.dispatch_keys(torch.empty(0, device=device_type))
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
-    """``op`` from its own autograd kernel; for ordinary CPU tensors its kernel as a plain call.
+    """``op`` from its own autograd kernel; for ordinary CPU and CUDA tensors its kernel as a plain call.
 
     A second trip through the dispatcher would find that kernel, and cost as much as a small rectifier itself (6 us).
     """
     with internals.below_autograd():
-        tensors = (t for t in args if isinstance(t, Tensor))
-        if internals.dispatch_modes() == 0 and all(internals.dispatch_keys(t) == _ORDINARY for t in tensors):
-            return KERNELS[op][0](*args)
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        if internals.dispatch_modes() == 0 and (tensors[0].is_cpu or tensors[0].is_cuda):
+            ordinary = _ordinary("cpu" if tensors[0].is_cpu else "cuda")
+            if all(internals.dispatch_keys(t) == ordinary for t in tensors):
+                return KERNELS[op][0](*args)
         return op(*args)
 
 
@@ -278,13 +285,9 @@ _register()
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
-    """The ops in C++ (kernels/cpu/direct.cpp) for tensors of no subclass where nothing listens, else None.
-
-    Who listens: the compiler, forward-mode AD, function transforms, modes, the tracer and the profiler. They see the
-    ops above; a dispatch to those costs a small rectifier several times its work.
-    """
-    if (
+def somebody_listens() -> bool:
+    """The compiler, forward-mode AD, function transforms, modes, the tracer or the profiler: they see the ops above."""
+    return bool(
         torch.compiler.is_compiling()
         or internals.forward_ad_active()
         or internals.transforms_active()
@@ -292,7 +295,12 @@ def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
         or internals.function_modes()
         or internals.jit_tracing()
         or internals.profiler_enabled()
-    ):
+    )
+
+
+def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
+    """The ops in C++ (kernels/cpu/direct.cpp) for tensors of no subclass where nothing listens, else None."""
+    if somebody_listens():
         return None
     for tensor in tensors:
         if type(tensor) not in _PLAIN:

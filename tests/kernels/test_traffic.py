@@ -106,8 +106,14 @@ def test_variants_are_what_a_launch_compiles(shape, layout, rule, monkeypatch):
         return
     made = []
     for kernel in (rectify.rectify, launch.reduce.finish):
-        run = kernel.run
-        monkeypatch.setattr(kernel, "run", lambda *args, run=run, **options: made.append(run(*args, **options)))
+
+        def run(*args, run=kernel.run, **options):
+            made.append(run(*args, **options))
+            return made[-1]
+
+        monkeypatch.setattr(kernel, "run", run)
+    launch.rectify_call.cache_clear()
+    launch.finish_call.cache_clear()
     x = torch.randn(shape).half()
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
