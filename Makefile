@@ -52,9 +52,12 @@ fuzz: setup  ## random cases on every path, against eager, float64 and torch's a
 sanitize: setup  ## the C++ kernels under address, undefined-behaviour and thread sanitizers
 	$(RUN) tests/sanitize.py $(SANITIZE)
 
-# On a machine with a GPU: kernels, tests, times, CUDA graphs, compute-sanitizer; writes perf/results/.
-gpu-check: setup  ## all that needs a GPU
-	$(RUN) -m fused_rect.perf.gpu_check
+# Eight minutes at most; GPU_CHECK passes options on, e.g. make gpu-check GPU_CHECK="--dry-run" says what it would do.
+# The machine's own Python where its torch sees a GPU, so that nothing is installed or fetched; else .venv's.
+gpu-check:  ## all that needs a GPU; writes perf/results/
+	@if $(PYTHON) -c 'import pandas, rich, scipy, triton, torch; assert torch.cuda.is_available()' 2>/dev/null; \
+	then run=$(PYTHON); else $(MAKE) --no-print-directory setup && run=$(RUN); fi && \
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$run -m fused_rect.perf.gpu_check --results perf/results $(GPU_CHECK)
 
 clean:  ## remove the environment and build outputs
 	rm -rf $(VENV) build dist *.egg-info

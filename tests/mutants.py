@@ -74,7 +74,7 @@ FOCUSED = {
     FUNCTIONAL: ["tests/test_functional.py", "tests/test_layers_numbers.py", "tests/ops/test_checkpoint.py"],
     REFERENCE: ["tests/test_reference.py", "tests/ops/test_ops.py"],
 }
-REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/test_gpu_check.py"]
+REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/gpu/test_gpu_steps.py"]
 
 MUTANTS = [
     # ---- torch.compile

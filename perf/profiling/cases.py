@@ -90,7 +90,8 @@ def _case(
     options: argparse.Namespace, name: str, build: str, how: dict[str, str], threads: int,
     arguments: dict[str, Any], about: dict[str, Any],
 ) -> Case:  # fmt: skip
-    arguments = {**arguments, **how, "device": options.device, "compiled": options.compile}
+    compiled = peers.COMPILERS if options.compile else ()
+    arguments = {**arguments, **how, "device": options.device, "compiled": compiled}
     about = {**_about(options, threads), **how, **about}
     name = f"{name}, {', '.join(how.values())}"
     return Case(name, f"{PEERS}{build}", arguments, options.device, threads, about["part"] != "epilogue", about)

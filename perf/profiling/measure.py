@@ -10,7 +10,8 @@
 A process builds a case, warms its calls up and then runs rounds: each call once a round, in an order that rotates from
 round to round, so that drift of the machine falls on all of them alike. One sample is `torch.utils.benchmark.Timer`'s
 mean over as many calls as fill ``least`` seconds (with its own two warm-up calls, so that the call before leaves no
-trace), on a GPU the median of `triton.testing.do_bench`, which empties the cache between calls.
+trace), on a GPU the median of `triton.testing.do_bench`, which empties the cache between calls, or what another of the
+:mod:`.clocks` says.
 
 The interval is Student's, at 95 %, over the processes' medians of log time (or of log ratio, paired round by round):
 what varies from one process to the next, such as where the memory lies, varies too from one user's run to the next. In
@@ -35,8 +36,9 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from .clocks import sampler
 from .memory import kept_bytes, peak_live_bytes
-from .named import UserError, named
+from .named import UserError, described, named
 
 CONFIDENCE = 0.95
 LEAST_ROUNDS = 2  # rounds, however little time there is
@@ -48,7 +50,8 @@ class Case:
     """What one round compares: the calls that ``build`` (see :mod:`.named`) makes of ``arguments`` (JSON).
 
     device: where the calls run. threads: torch's number of them, 0 for its own choice. memory: note each call's peak of
-    live bytes and what it keeps for backward. about: what its records say of it.
+    live bytes and what it keeps for backward. about: what its records say of it. clock: one of :mod:`.clocks`. peers:
+    names of the calls that are timed, of all where there is none.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Case:
     threads: int = 0
     memory: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
+    clock: str = "call"
+    peers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,11 @@ def measure(
         for at, result in enumerate(_in_fresh_process(cases, order, allocator)):
             found[at].append(result)
             progress(cases[at].name)
-    return [_joined(results) for results in found]
+    return [joined(results) for results in found]
 
 
-def _joined(results: list[dict[str, Any]]) -> Samples:
-    """Names that every process could run; the first reason for the others."""
+def joined(results: list[dict[str, Any]]) -> Samples:
+    """Of one case, what each process found: names that every one could run; the first reason for the others."""
     absent = {name: why for result in reversed(results) for name, why in result["absent"].items()}
     names = [name for name in results[0]["seconds"] if name not in absent]
     rounds = min((len(result["seconds"][name]) for result in results for name in names), default=0)
@@ -219,21 +224,35 @@ def _worker(order: dict[str, Any], results: TextIO) -> None:
         case = Case(**entry)
         torch.set_num_threads(case.threads or default)
         patience = (end - time.monotonic()) / (len(order["cases"]) - at)
-        result = _sampled(case, order["process"], order["rounds"], order["least"], patience)
+        result = sampled(case, order["process"], order["rounds"], order["least"], patience)
         print(json.dumps(result), file=results, flush=True)
 
 
-def _sampled(case: Case, process: int, rounds: int, least: float, patience: float) -> dict[str, Any]:
+def sampled(
+    case: Case, process: int = 0, rounds: int = 5, least: float = 0.01, patience: float = float("inf")
+) -> dict[str, Any]:
+    """What one process finds of ``case``, in this process: `joined` makes Samples of what several found.
+
+    patience: seconds that it should take; two rounds at least.
+    """
     end = time.monotonic() + patience
     runs: Runs = named(case.build)(**case.arguments)
+    runs = {name: run for name, run in runs.items() if name in case.peers or not case.peers}
     absent = {name: run for name, run in runs.items() if isinstance(run, str)}
     calls = {name: run for name, run in runs.items() if not isinstance(run, str)}
-    samplers = {name: _sampler(run, case.device, least) for name, run in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samplers = {}
+    for name, run in calls.items():
+        try:
+            samplers[name] = sampler(run, case.device, least, case.clock)
+        except Exception as error:
+            if case.clock != "graph":
+                raise
+            absent[name] = f"no CUDA graph: {described(error)}"
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for turn in range(rounds):
         if turn >= LEAST_ROUNDS and time.monotonic() > end:
             break
-        for name in _rotated(list(calls), process + turn):
+        for name in _rotated(list(samplers), process + turn):
             seconds[name].append(samplers[name]())
     weighed = calls if case.memory and process == 0 else {}
     live = {name: peak_live_bytes(run, case.device) for name, run in weighed.items()}
@@ -248,20 +267,6 @@ def _rotated(names: list[str], by: int) -> list[str]:
     at = by % len(names)
     turned = names[at:] + names[:at]
     return turned[::-1] if by % 2 else turned
-
-
-def _sampler(run: Callable[[], Any], device: str, least: float) -> Callable[[], float]:
-    """Warms ``run`` up; the function returned takes one sample, in seconds."""
-    run()
-    if torch.device(device).type == "cpu":
-        from torch.utils.benchmark import Timer
-
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        number = max(1, round(least / timer.timeit(1).mean))
-        return lambda: float(timer.timeit(number).mean)
-    from triton.testing import do_bench
-
-    return lambda: float(do_bench(run, warmup=5, rep=max(10, 1e3 * least), return_mode="median")) * 1e-3
 
 
 def main(order: bytes) -> None:

@@ -19,12 +19,13 @@ def peak_live_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") 
 
 
 def _peak_on_accelerator(run: Callable[[], Any], device: torch.device) -> int:
-    torch.accelerator.synchronize(device)
-    torch.accelerator.reset_peak_memory_stats(device)
-    before = torch.accelerator.memory_allocated(device)
+    module: Any = torch.get_device_module(device)
+    module.synchronize(device)
+    module.reset_peak_memory_stats(device)
+    before = module.memory_allocated(device)
     run()
-    torch.accelerator.synchronize(device)
-    return torch.accelerator.max_memory_allocated(device) - before
+    module.synchronize(device)
+    return int(module.max_memory_allocated(device) - before)
 
 
 def _peak_on_cpu(run: Callable[[], Any]) -> int:

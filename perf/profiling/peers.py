@@ -32,6 +32,7 @@ EAGER, IN_PLACE, NO_BIAS = "eager", "eager in place", "eager, no bias"
 COMPILED, FUSED_COMPILED, ALL_SITES = "compiled", "fused compiled", "fused compiled, all sites"
 ONEDNN, CONVOLUTION, COPY, MATMUL = "oneDNN", "convolution alone", "copy", "matrix product"
 LEFT_OUT = "left out by default, since compiling takes seconds a case: add --compile"
+COMPILERS = (COMPILED, FUSED_COMPILED, ALL_SITES)
 BASES = (FUSED, FUSED_IN_PLACE, FUSED_COMPILED, ALL_SITES)  # what the others' times may be divided by
 YARDSTICKS = (CONVOLUTION, COPY, MATMUL)
 PACKAGES = {"FlagGems": "flag_gems", "Apex": "apex", "xFormers": "xformers"}
@@ -71,9 +72,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def layer(
-    layer: dict[str, Any], part: str, mode: str, dtype: str, layout: str, device: str, compiled: bool = False
-) -> Runs:
-    """Convolutions with their rectifiers (``part`` "layer"), or bias and rectifier on an output ("epilogue")."""
+    layer: dict[str, Any], part: str, mode: str, dtype: str, layout: str, device: str,
+    compiled: Sequence[str] = (),
+) -> Runs:  # fmt: skip
+    """Convolutions with their rectifiers (``part`` "layer"), or bias and rectifier on an output ("epilogue").
+
+    compiled: those of :data:`COMPILERS` that are wanted.
+    """
     torch.manual_seed(0)
     spec = Layer(**layer)
     like: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
@@ -89,8 +94,9 @@ def layer(
 
 
 def model(
-    factory: str, shape: list[int] | None, mode: str, dtype: str, layout: str, device: str, compiled: bool = False
-) -> Runs:
+    factory: str, shape: list[int] | None, mode: str, dtype: str, layout: str, device: str,
+    compiled: Sequence[str] = (),
+) -> Runs:  # fmt: skip
     """A user's model before and after :func:`fused_rect.fuse`."""
     original: Any
     original, inputs = load_model(factory, shape, dtype, device)
@@ -152,7 +158,9 @@ def machine(device: str, copied: int, side: int, dtype: str) -> Runs:
 # ---- calls ----
 
 
-def _layer_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: bool) -> dict[str, Call | str]:
+def _layer_calls(
+    spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: Sequence[str]
+) -> dict[str, Call | str]:
     parameters = list(net.parameters())
 
     def run(make: Callable[[nn.Module], Any]) -> Call | str:
@@ -169,7 +177,9 @@ def _layer_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled
     return runs
 
 
-def _epilogue_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: bool) -> dict[str, Call | str]:
+def _epilogue_calls(
+    spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compiled: Sequence[str]
+) -> dict[str, Call | str]:
     """Calls on a convolution's output ``x``; those in place have one of their own, with no bias to add.
 
     Half of its elements are positive and half zero, a fixed point: rewriting it changes no later round.
@@ -198,8 +208,7 @@ def _epilogue_calls(spec: Layer, net: nn.Sequential, x: Tensor, mode: str, compi
         return step(lambda leaf: rectify(fresh(leaf, buffer).add_(wide_none)), (leaf,), [wide_none], mode)
 
     runs[IN_PLACE] = _in_place_or_reason(activation, in_place)
-    runs[COMPILED] = _or_reason(torch.compile(plain), (x,), [wide, *slopes], mode) if compiled else LEFT_OUT
-    return runs
+    return runs | _compiled(lambda make: _or_reason(make(plain), (x,), [wide, *slopes], mode), compiled, (COMPILED,))
 
 
 class _Output(torch.autograd.Function):
@@ -240,20 +249,33 @@ def _in_place_or_reason(net: nn.Module, run: Callable[[Callable[[Any], Any]], Ca
     return run(in_place) if settable else "torch has no PReLU in place"
 
 
-def _compiled(run: Callable[[Callable[[nn.Module], Any]], Call | str], wanted: bool) -> dict[str, Call | str]:
-    """By Inductor alone, by our backend with the sites that it chooses, and with all of them."""
+def _compiled(
+    run: Callable[[Callable[[Any], Any]], Call | str], wanted: Sequence[str], among: Sequence[str] = COMPILERS
+) -> dict[str, Call | str]:
+    """By Inductor alone, by our backend with the sites that it chooses, and with all of them.
+
+    One that would run the model as it is, which torch.compile does without a word, is absent with that for its reason.
+    """
     if not wanted:
         return {COMPILED: LEFT_OUT}
     from fused_rect import compile as fused_compile
 
-    torch._dynamo.reset()  # else the models of earlier cases count towards the limit of recompilations
-    sites = {FUSED_COMPILED: "auto", ALL_SITES: "all"}
-    ours: dict[str, Callable[[nn.Module], Any]] = {COMPILED: torch.compile}
-    ours |= {
-        name: functools.partial(torch.compile, backend=fused_compile.backend, options={"fused_rect.sites": chosen})
-        for name, chosen in sites.items()
+    ours = functools.partial(torch.compile, backend=fused_compile.backend)
+    makers: dict[str, Callable[[Any], Any]] = {
+        COMPILED: torch.compile,
+        FUSED_COMPILED: functools.partial(ours, options={"fused_rect.sites": "auto"}),
+        ALL_SITES: functools.partial(ours, options={"fused_rect.sites": "all"}),
     }
-    return {name: run(make) for name, make in ours.items()}
+    torch._dynamo.reset()  # else the models of earlier cases count towards the limit of recompilations ...
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... behind which torch runs them uncompiled
+    return {name: _if_compiled(run, makers[name]) for name in among if name in wanted}
+
+
+def _if_compiled(run: Callable[[Callable[[Any], Any]], Call | str], make: Callable[[Any], Any]) -> Call | str:
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    call = run(make)
+    return call if isinstance(call, str) or frames["ok"] > before else "torch.compile would run it as it is"
 
 
 def _onednn(spec: Layer, net: nn.Sequential, x: Tensor, mode: str) -> Call | str:

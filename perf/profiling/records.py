@@ -78,12 +78,16 @@ COLUMNS = list(KINDS)
 def collect(cases: Sequence[Case], **how: Any) -> pd.DataFrame:
     """Measure ``cases``, ``how`` as :func:`.measure.measure` takes it; a frame with one row a record."""
     results = measure.measure(cases, **how)
-    rows = [record for case, samples in zip(cases, results) for record in _records(case, samples)]
-    return frame([asdict(row) for row in rows])
+    return frame([row for case, samples in zip(cases, results) for row in rows(case, samples)])
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def rows(case: Case, samples: Samples) -> list[dict[str, Any]]:
+    """The fields of each record of a case."""
+    return [asdict(record) for record in _records(case, samples)]
 
 
 def _records(case: Case, samples: Samples) -> list[Record]:
@@ -125,10 +129,10 @@ def work(layer: Layer, part: str, mode: str, itemsize: int) -> tuple[int, int]:
     """(bytes, flops) of the fused call."""
     size, channels = math.prod(layer.output), layer.output[1]
     rule, training = Rule.default(layer.rectifier), mode == "training"
-    if not training:
+    if mode == "inference":
         rule = rule.evaluation()
     given: dict[str, Any] = {
-        "bits": training and not rule.keeps_input,
+        "bits": mode != "inference" and not rule.keeps_input,
         "bias": channels,
         "weight": layer.slopes if rule.learned else 0,
     }
@@ -175,7 +179,12 @@ def load(path: Path) -> pd.DataFrame:
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else error
         raise ValueError(f"{path} is no file of `fused-rect profile --json`: {what}") from error
-    return frame(rows).astype({name: float for name, kind in KINDS.items() if kind == "float"})
+    return typed(frame(rows))
+
+
+def typed(records: pd.DataFrame) -> pd.DataFrame:
+    """``records`` as they were before JSON, which has no NaN."""
+    return records.astype({name: float for name, kind in KINDS.items() if kind == "float"})
 
 
 def _check(row: Any) -> None:

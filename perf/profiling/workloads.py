@@ -185,7 +185,8 @@ RPN = Workload(
 )  # fmt: skip
 
 # Of no network: tensors that no cache holds, eight layers in a row for the memory that they keep, and a layer so small
-# that calling is all that it costs; three in a row that compilers see whole; one for GPUs, of 33.6M elements.
+# that calling is all that it costs; three in a row that compilers see whole; for GPUs, more than 32M elements,
+# with planes of whole vectors and odd ones.
 CPU = Workload(
     "docs/cpu.md: a layer of 16 x 64 x 56 x 56, eight of them in a row, and one of 1 x 8 x 8 x 8",
     (
@@ -196,7 +197,11 @@ CPU = Workload(
     fit=False,
 )
 CHAIN = Workload("docs/compile.md: three layers in a row", (square("3 of 3x3", 8, 32, 48, 32, 3, "", depth=3),), False)
-GPU = Workload("what `make gpu-check` times: 32 x 64 x 128 x 128", (square("1x1", 32, 64, 128, 64, 1, ""),), False)
+GPU = Workload(
+    "what `make gpu-check` times: 32 x 64 x 128 x 128, and 32 x 51 x 145 x 145",
+    (square("even", 32, 64, 128, 64, 1, "", slopes=64), square("odd", 32, 51, 145, 51, 1, "", slopes=51)),
+    fit=False,
+)
 
 WORKLOADS = {
     "nin": NIN,

@@ -1,5 +1,6 @@
 """The measuring core: intervals that hold their coverage, rounds that interleave, processes that are fresh."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fused_rect.perf.profiling import clocks
 from fused_rect.perf.profiling import measure as core
 from fused_rect.perf.profiling.measure import Case, Interval, interval, measure, verdict
 
@@ -138,5 +140,88 @@ def test_on_a_gpu_a_sample_is_tritons_median(monkeypatch):
     signature = inspect.signature(testing.do_bench)
     monkeypatch.setattr(testing, "do_bench", lambda *a, **k: signature.bind(*a, **k).arguments["rep"] / 1e3)
     ran = []
-    assert core._sampler(lambda: ran.append(1), "cuda", 0.05)() == pytest.approx(50e-6)
+    assert clocks.sampler(lambda: ran.append(1), "cuda", 0.05)() == pytest.approx(50e-6)
     assert ran == [1]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device whose clock moves by 2 ms a call that runs on it, and by 1 ms a graph launched; the host's by 5 ms."""
+    now = {"device": 0.0, "host": 0.0, "captured": 0, "capturing": False}
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.at = None
+
+        def record(self):
+            self.at = now["device"]
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    class Graph:
+        calls = 0
+
+        def replay(self):
+            now["device"] += 1e-3 + 2e-3 * self.calls
+
+    class Capture:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):
+            now["capturing"], now["captured"] = True, 0
+
+        def __exit__(self, *_):
+            now["capturing"], self.graph.calls = False, now["captured"]
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def run():
+        now["host"] += 5e-3
+        if now["capturing"]:
+            now["captured"] += 1
+        else:
+            now["device"] += 2e-3
+
+    fakes = {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "current_stream": Stream,
+             "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now["host"])
+    return run
+
+
+def test_a_graphs_time_is_the_devices(device):
+    """The time to launch a graph is shared by its calls: 64 of them, as many as it may hold."""
+    sample = clocks.sampler(device, "cuda", 1.0, "graph")
+    assert sample() == pytest.approx(2e-3 + 1e-3 / clocks.MOST_CALLS)
+
+
+def test_the_hosts_time_is_not_the_devices(device):
+    assert clocks.sampler(device, "cuda", 0.01, "host")() == pytest.approx(5e-3)
+
+
+def build_uncapturable():
+    return {"good": lambda: None, "bad": lambda: None}
+
+
+def test_a_call_that_cannot_be_captured_is_absent_and_the_others_are_timed(monkeypatch):
+    names = iter(("good", "bad"))
+
+    def sampler(run, device, least, clock):
+        if next(names) == "bad":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: 1.0
+
+    monkeypatch.setattr(core, "sampler", sampler)
+    found = core.sampled(Case("one", f"{__file__}:build_uncapturable", clock="graph"), rounds=2)
+    assert found["seconds"] == {"good": [1.0, 1.0]}
+    assert found["absent"]["bad"].startswith("no CUDA graph: ") and "capturing" in found["absent"]["bad"]
+
+
+def test_only_the_peers_that_are_named_are_timed():
+    found = core.sampled(Case("one", f"{__file__}:build_uncapturable", peers=("good",)), rounds=2, least=1e-6)
+    assert list(found["seconds"]) == ["good"]

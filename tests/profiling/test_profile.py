@@ -51,10 +51,15 @@ def test_batches_are_halved_to_fit():
 # ---- peers ----
 
 
-def calls(rectifier, part, mode, depth=1, **more):
-    layer = square("a", 2, 3, 8, 3 if depth > 1 else 4, 3, rectifier, depth=depth)
+def every_peer(rectifier, part, mode, depth=1, batch=2, **more):
+    """Calls, and reasons of those that there are none of."""
+    layer = square("a", batch, 3, 8, 3 if depth > 1 else 4, 3, rectifier, depth=depth)
     arguments = {"layout": "contiguous", "dtype": "float64", "device": "cpu"} | more
-    return {k: v for k, v in peers.layer(layer.arguments(), part, mode, **arguments).items() if callable(v)}
+    return peers.layer(layer.arguments(), part, mode, **arguments)
+
+
+def calls(*what, **more):
+    return {name: run for name, run in every_peer(*what, **more).items() if callable(run)}
 
 
 @pytest.mark.parametrize("layout", peers.LAYOUTS)
@@ -107,11 +112,42 @@ def test_onednn_infers_what_the_fused_layer_infers(rectifier):
     torch.testing.assert_close(runs[peers.ONEDNN](), runs[peers.FUSED]())
 
 
+@pytest.fixture
+def dynamo():
+    """Builders of a measuring process set it up for that process."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.exhaustive
-def test_compiled_peers_where_they_are_asked_for():
-    runs = calls("leaky_relu", "layer", "inference", compiled=True)
-    for name in (peers.COMPILED, peers.FUSED_COMPILED, peers.ALL_SITES):
+def test_compiled_peers_where_they_are_asked_for(dynamo):
+    runs = calls("leaky_relu", "layer", "inference", compiled=peers.COMPILERS)
+    for name in peers.COMPILERS:
         torch.testing.assert_close(runs[name](), runs[peers.EAGER]())
+
+
+def test_compiled_peers_are_compiled_in_whatever_number_of_cases(dynamo, monkeypatch):
+    """torch stops compiling a function at eight versions of it, and runs it as it is without a word."""
+    compile, versions = torch.compile, []
+    monkeypatch.setattr(peers.torch, "compile", lambda f: compile(f, backend=lambda gm, x: versions.append(1) or gm))
+    for n in range(10):
+        runs = calls("relu", "epilogue", "inference", batch=n + 2, compiled=[peers.COMPILED])
+        runs[peers.COMPILED]()
+        assert len(versions) == n + 1
+
+
+def test_a_peer_that_torch_runs_as_it_is_is_absent(dynamo, monkeypatch):
+    monkeypatch.setattr(peers.torch, "compile", torch.compiler.disable)
+    runs = every_peer("relu", "epilogue", "inference", compiled=[peers.COMPILED])
+    assert runs[peers.COMPILED] == "torch.compile would run it as it is"
+
+
+def test_more_versions_than_torch_compiles_are_an_error_in_a_measuring_process(dynamo):
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+    calls("relu", "epilogue", "inference", compiled=[peers.FUSED_COMPILED])
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.parametrize("rectifier, tensors", [("relu", 1), ("leaky_relu", 2), ("prelu", 2), ("rrelu", 3)])

@@ -1,0 +1,139 @@
+"""The check's results as Markdown, for a person: what each step came to, and tables of what was timed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .sizes import shape
+
+Report = Mapping[str, Any]
+PASSES = {"forward": "forward", "training": "backward"}
+COLUMNS = ("rectifier", "dtype", "layout", "shape", "pass", "µs", "GB/s", "of a copy's", "predicted",
+           "Inductor / ours", "eager / ours")  # fmt: skip
+NOTE = (
+    "Of a copy's: GB/s over those of a copy of the same tensor in the same rounds. Predicted: the fraction of the "
+    "memory roofline that `fused-rect inspect` expects (sm_90: of an H100's)."
+)
+
+
+def markdown(where: Report, steps: Report, budgets: Mapping[str, int]) -> str:
+    """``where``: facts of the machine; ``steps``: what :func:`.running.run` gave for each."""
+    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in where.items()), ""]
+    lines += ["| step | outcome | seconds | budget |", "|---|---|---|---|"]
+    lines += [f"| {name} | {step['outcome']} | {step['seconds']} | {budgets[name]} |" for name, step in steps.items()]
+    for name, step in steps.items():
+        lines += ["", f"## {name}", "", *_told(step)]
+        found = [record for row in step["rows"] for record in row.get("records", ())]
+        if found:
+            lines += _kernels(found, _predictions(steps)) if name == "kernels" else TABLES.get(name, _profile)(found)
+    return "\n".join(lines) + "\n"
+
+
+def _told(step: Report) -> Iterator[str]:
+    """What each row says that no table does, and what is not ok."""
+    tabled = {"ok", "case", "records", "clock", "seconds", "predicted"}
+    for row in step["rows"]:
+        if row.keys() & {"predicted", "so far"} or (row.get("ok") and "records" in row):
+            continue
+        said = ", ".join(f"{key}: {value}" for key, value in row.items() if key not in tabled)
+        mark = "**FAILED** " if row.get("ok") is False else ""
+        yield " ".join(f"- {mark}{row.get('case', '')}: {said}".split())
+
+
+def _profile(found: list[dict[str, Any]]) -> list[str]:
+    """The tables of `fused-rect profile`."""
+    from rich.console import Console
+
+    from ..profiling import cli, records
+    from ..profiling.report import print_report
+
+    text = io.StringIO()
+    print_report(records.typed(records.frame(found)), Console(file=text, width=150, **cli.PLAIN))
+    return ["", "```", text.getvalue().rstrip(), "```"]
+
+
+def _host(found: list[dict[str, Any]]) -> list[str]:
+    """Microseconds a call of each peer."""
+    peers = list(dict.fromkeys(record["peer"] for record in found))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in found:
+        told = "absent" if r["seconds"] is None else f"{r['seconds'] * 1e6:.1f}"
+        rows.setdefault((r["part"], r["rectifier"], r["mode"], r["shape"]), {})[r["peer"]] = told
+    lines = [f"| | rectifier | mode | shape | {' | '.join(peers)} |", "|---" * (4 + len(peers)) + "|"]
+    lines += [f"| {' | '.join((*case, *(of.get(peer, '') for peer in peers)))} |" for case, of in rows.items()]
+    return ["", "Microseconds of the host a call:", "", *lines]
+
+
+TABLES = {"host": _host}
+
+
+# ---- kernels
+
+
+def _predictions(steps: Report) -> dict[tuple[Any, ...], float]:
+    """Predicted fraction of the roofline by rectifier, dtype, layout, shape and pass."""
+    found = {}
+    for row in steps.get("prepare", {"rows": ()})["rows"]:
+        if "predicted" in row and row["fraction"] is not None:
+            p = row["predicted"]
+            layout = "contiguous" if p["layout"] == "nchw" else p["layout"]
+            output = "x".join(map(str, p["shape"]))
+            found[p["rectifier"], p["dtype"], layout, output, row["kernel"]] = row["fraction"]
+    return found
+
+
+def _kernels(found: list[dict[str, Any]], predicted: Mapping[tuple[Any, ...], float]) -> list[str]:
+    """A row a pass; backward is training without forward, and holds the sums and their end."""
+    from ..profiling.peers import COMPILED, COPY, EAGER, FUSED
+
+    cases: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for record in found:
+        if record["seconds"] is not None and record["part"] == "epilogue":
+            case = tuple(record[key] for key in ("rectifier", "dtype", "layout", "output"))
+            cases.setdefault(case, {})[record["mode"], record["peer"]] = record
+    lines = [*_ceilings(found), NOTE, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for case, of in cases.items():
+        for mode, name in PASSES.items():
+            ours, moved = _seconds(of, mode, FUSED), _of(of, mode, FUSED, "bytes")
+            if ours is None or moved is None:
+                continue
+            copy = of.get((mode, COPY))
+            rate = moved / ours / 1e9
+            size = 2 * _bytes(copy) / copy["seconds"] / 1e9 if copy else None
+            ratios = [_over(_seconds(of, mode, peer), ours) for peer in (COMPILED, EAGER)]
+            fraction = predicted.get((*case, name))
+            cells = (f"{ours * 1e6:.1f}", f"{rate:.0f}", _over(rate, size), _over(fraction, 1), *ratios)
+            lines.append(f"| {' | '.join((*case, name, *cells))} |")
+    return ["", *lines]
+
+
+def _of(of: Mapping[Any, Any], mode: str, peer: str, field: str) -> Any:
+    """A peer's ``field`` of one pass."""
+    there, forward = of.get((mode, peer)), of.get(("forward", peer))
+    if there is None or forward is None:
+        return None
+    return there[field] - (forward[field] if mode == "training" else 0)
+
+
+def _seconds(of: Mapping[Any, Any], mode: str, peer: str) -> float | None:
+    """None for what is no time: of a backward pass that is lost in the noise of two."""
+    seconds = _of(of, mode, peer, "seconds")
+    return seconds if seconds and seconds > 0 else None
+
+
+def _bytes(record: Report) -> int:
+    return math.prod(shape(record["output"])) * (4 if record["dtype"] == "float32" else 2)
+
+
+def _over(value: float | None, by: float | None) -> str:
+    return "" if value is None or not by else f"{value / by:.2f}"
+
+
+def _ceilings(found: list[dict[str, Any]]) -> list[str]:
+    told = [f"a {r['peer']}: " + (f"{r['bytes'] / r['seconds'] / 1e9:.0f} GB/s" if r["peer"] == "copy" else
+            f"{r['flops'] / r['seconds'] / 1e12:.0f} TFLOP/s")
+            for r in found if r["part"] == "machine" and r["seconds"]]  # fmt: skip
+    return ["The machine, in the same run: " + ", ".join(told), ""] if told else []
