@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -34,7 +34,7 @@ def prepare(size: sizes.Size) -> Iterator[Row]:
     ran = [case for case in timed if case.about["part"] != "machine"]
     work: list[Callable[[], list[Row]]] = [*(partial(_run, case) for case in ran),
                                            *(partial(_predict, step) for step in predicted(size))]  # fmt: skip
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for kind, rows, spent in pooled(_timed, work):
         yield from rows
         seconds[kind] += spent
