@@ -35,6 +35,9 @@ PROFILE, MEASURE, RECORDS, NAMED, PEERS = (
 SITES, PLACEMENT, REWRITE, CALLS = (
     f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls")
 )
+FUSING, WAITING, HOLDERS, TWINS = (
+    f"fused_rect/fusion/{name}.py" for name in ("__init__", "waiting", "holders", "twins")
+)
 COMPILED = ["tests/compile/test_compile_surroundings.py", "tests/compile/test_compile.py"]
 PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
@@ -59,6 +62,7 @@ FOCUSED = {
     **dict.fromkeys((CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES), STUDY_FAULTS),
     FILES: ["tests/test_files.py"],
     **dict.fromkeys((CLI, PROFILE, MEASURE, RECORDS, NAMED), PROFILE_FAULTS),
+    **{file: ["tests/fusion"] for file in (FUSING, WAITING, HOLDERS, TWINS)},
     PEERS: ["tests/profiling/test_profile.py"],
     PLACEMENT: ["tests/compile/test_moves.py"],
     **dict.fromkeys((SITES, REWRITE, CALLS), COMPILED),
@@ -88,6 +92,27 @@ MUTANTS = [
         REWRITE, "every gradient is our own", "return len(value.users) == 1 and all", "return bool(value.users) or all"
     ),
     Mutant(CALLS, "an absent bias gradient", "of_bias if need_bias else None", "of_bias"),
+    # ---- fuse()
+    Mutant(FUSING, "others' hooks go too", "if isinstance(hook, Hook)]", "if hook]"),
+    Mutant(FUSING, "layers of ours wait", "if isinstance(module, Fused) for child in module}", "if False}"),
+    Mutant(WAITING, "what has been read waits on", 'tensor.__dict__.pop("_fused_rect")', "tensor._fused_rect"),
+    Mutant(WAITING, "unread outputs leave the model", "            release_unread()\n", "            pass\n"),
+    Mutant(WAITING, "only the first argument is read", "            _release_all(args, kwargs)\n", ""),
+    Mutant(WAITING, "a look is a read", "if isinstance(result, _LOOKS) or", "if"),
+    Mutant(WAITING, "changed in place is as it was", "first._version == version):", "True):"),
+    Mutant(WAITING, "BatchNorm in training is folded", 'norm == "evaluation"):', "norm):"),
+    Mutant(WAITING, "a hook holds nothing", "        and len(module._forward_hooks) == 1\n", ""),
+    Mutant(WAITING, "a forward of its own gives new memory", "type(module).forward in _FORWARDS", "True"),
+    Mutant(WAITING, "small outputs are fused", "    if small:\n", "    if False:\n"),
+    Mutant(WAITING, "small outputs use up the tries", "kind = 2 * module.training + small", "kind = module.training"),
+    Mutant(WAITING, "tensors of any layout", "        and _is_dense(output)\n", ""),
+    Mutant(HOLDERS, "a variable reads no more", "if count == expected:", "if count >= expected:"),
+    Mutant(HOLDERS, "any variable is replaced", "_names(after)[0] == name", "True"),
+    Mutant(TWINS, "over what PReLU's backward reads", 'not (call.name == "prelu" and _needs_grad(call))', "True"),
+    Mutant(TWINS, "over what a checkpoint keeps", "return dispatch_modes() == 0 and", "return"),
+    Mutant(TWINS, "over a view", "        and call.input._base is None\n", ""),
+    Mutant(TWINS, "infinite slopes", "math.isfinite(n)", "n == n"),
+    Mutant(TWINS, "slopes of another length", "weight.numel() == input.shape[1]", "True"),
     # ---- random slopes
     Mutant(PHILOX, "a round too few", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(6)"),
     Mutant(PHILOX, "a digit of the multiplier", "0xD2511F53", "0xD2511F57"),

@@ -13,6 +13,7 @@ from torch import nn
 
 import fused_rect as fr
 from fused_rect import fusion
+from fused_rect.fusion import waiting
 
 
 @pytest.mark.parametrize(("make", "sites"), [(sequential, 2), (Attributes, 5)])
@@ -226,3 +227,17 @@ def test_fusing_a_large_model_takes_no_time():
     start = time.process_time()
     fr.fuse(model)
     assert time.process_time() - start < 0.1
+
+
+def test_small_outputs_are_left_to_torch_and_do_not_use_up_the_tries(monkeypatch):
+    monkeypatch.setattr(waiting, "MIN_ELEMENTS", 2**14)
+    model = fr.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.2)))
+    small, large = torch.randn(1, 3, 63, 65), torch.randn(1, 3, 64, 64)
+    for _ in range(waiting.TRIES + 2):
+        assert fused_calls(model, small) == 0
+    (site,) = fusion.report(model)
+    assert not site.fused and "fewer than 16384 elements" in site.reason
+    assert fused_calls(model, large) == 1 and fused_calls(model, small) == 0
+    (site,) = fusion.report(model)
+    assert site.fused
+    assert type(model[0](small)) is torch.Tensor and copy.deepcopy(model)(small).shape == (1, 4, 63, 65)
