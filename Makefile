@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 # Two runs at once take turns; the second finds the work done. Without flock (macOS) they must not overlap.
 LOCK = $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: help setup demo study test test-all mutants fuzz sanitize gpu-check lint clean
+.PHONY: help setup demo study test test-all test-versions mutants fuzz sanitize gpu-check lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -39,6 +39,10 @@ test: lint  ## all but the long sweeps
 
 test-all: lint  ## everything
 	$(RUN) -m pytest -n 2
+
+# Other versions of torch and Python, gigabytes and ten minutes each, e.g. make test-versions VERSIONS="2.11.0 -- -x".
+test-versions: setup  ## the tests on the oldest and the newest torch
+	$(RUN) tests/versions.py $(VERSIONS)
 
 # Breaks the code on purpose and expects a test to fail, e.g. make mutants MUTANTS=philox; half an hour on two cores.
 mutants: setup  ## break the code on purpose
