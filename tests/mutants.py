@@ -17,20 +17,20 @@ class Mutant:
     equivalent: str = ""  # why no test can tell, for a mutant that may survive
 
 
-PHILOX, RECTIFY, REDUCE = "kernels/philox.py", "kernels/rectify.py", "kernels/reduce.py"
-PLAN, LAUNCH, NATIVE = "kernels/plan.py", "kernels/launch.py", "kernels/cpu/rectify.cpp"
+PHILOX, RECTIFY, REDUCE = "fused_rect/kernels/philox.py", "fused_rect/kernels/rectify.py", "fused_rect/kernels/reduce.py"
+PLAN, LAUNCH, NATIVE = "fused_rect/kernels/plan.py", "fused_rect/kernels/launch.py", "fused_rect/kernels/cpu/rectify.cpp"
 EAGER = "fused_rect/backends/eager.py"
-DIRECT = "kernels/cpu/direct.cpp"
+DIRECT = "fused_rect/kernels/cpu/direct.cpp"
 DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
 DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
-BUILD, BACKENDS = "kernels/cpu/build.py", "fused_rect/backends/__init__.py"
+BUILD, BACKENDS = "fused_rect/kernels/cpu/build.py", "fused_rect/backends/__init__.py"
 CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
     f"fused_rect/study/{name}.py"
     for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")
 )
 FILES, CLI = "fused_rect/files.py", "fused_rect/cli.py"
 PROFILE, MEASURE, RECORDS, NAMED, PEERS = (
-    f"perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers")
+    f"fused_rect/perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers")
 )
 SITES, PLACEMENT, REWRITE, CALLS = (
     f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls")

@@ -54,7 +54,7 @@ def copy(to: Path) -> None:
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=skipped)
-        else:
+        elif (ROOT / name).exists():  # an sdist holds kernels and perf inside the package, and no links
             shutil.copy(ROOT / name, to / name)
 
 

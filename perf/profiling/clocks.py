@@ -11,6 +11,7 @@ The last is the host's where the device takes less than the host does for a call
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +92,12 @@ def captured(run: Call, calls: int = 1) -> Call:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
+    gc.collect()
+    gc.disable()  # an older graph that is freed now would spoil the capture
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    finally:
+        gc.enable()
     return graph.replay
