@@ -235,8 +235,8 @@ def test_what_is_timed_is_what_was_asked():
     assert {case.clock for case in sizes.host(sizes.FULL)} == {"host"}
 
 
-@pytest.mark.parametrize("name, shape", [("rrdbnet", (1, 3, 4, 4)), ("compact", (1, 3, 4, 4)), ("hifigan", (1, 80, 2)),
-                                         ("resnet", (1, 3, 16, 16))])  # fmt: skip
+@pytest.mark.parametrize("name, shape", [("rrdbnet", (1, 3, 48, 48)), ("compact", (1, 3, 48, 48)), ("hifigan", (1, 80, 512)),
+                                         ("resnet", (1, 3, 96, 96))])  # fmt: skip
 def test_networks_are_fused_and_mean_the_same(name, shape):
     torch.manual_seed(0)
     model = getattr(networks, f"small_{name}")().double()
