@@ -17,13 +17,14 @@ class Mutant:
     equivalent: str = ""  # why no test can tell, for a mutant that may survive
 
 
-PHILOX, RECTIFY, REDUCE = "fused_rect/kernels/philox.py", "fused_rect/kernels/rectify.py", "fused_rect/kernels/reduce.py"
-PLAN, LAUNCH, NATIVE = "fused_rect/kernels/plan.py", "fused_rect/kernels/launch.py", "fused_rect/kernels/cpu/rectify.cpp"
-EAGER = "fused_rect/backends/eager.py"
-DIRECT = "fused_rect/kernels/cpu/direct.cpp"
+KERNELS = "fused_rect/kernels"
+PHILOX, RECTIFY, REDUCE, PLAN, LAUNCH = (
+    f"{KERNELS}/{name}.py" for name in ("philox", "rectify", "reduce", "plan", "launch")
+)
+NATIVE, DIRECT, BUILD = f"{KERNELS}/cpu/rectify.cpp", f"{KERNELS}/cpu/direct.cpp", f"{KERNELS}/cpu/build.py"
+EAGER, BACKENDS = "fused_rect/backends/eager.py", "fused_rect/backends/__init__.py"
 DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
 DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
-BUILD, BACKENDS = "fused_rect/kernels/cpu/build.py", "fused_rect/backends/__init__.py"
 CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
     f"fused_rect/study/{name}.py"
     for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")

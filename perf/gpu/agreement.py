@@ -45,7 +45,7 @@ def cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[Case
 def agreement(device: str, among: Sequence[Case]) -> Iterator[Report]:
     """A row for each case that is wrong, and one for each dtype and layout with the worst of its differences."""
     groups: dict[str, list[Report]] = {}
-    for row in pooled(functools.partial(_tried, device=device), among):
+    for row in pooled(functools.partial(_tried, device=device), among, worth=20):
         groups.setdefault(f"{row['dtype']}, {row['layout']}", []).append(row)
         if not row["ok"]:
             yield row

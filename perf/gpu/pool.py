@@ -9,14 +9,16 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 MOST = 16  # processes: a context takes half a GB of the GPU
-WORTH = 8  # pieces of work a process: it takes seconds to start
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def pooled(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """``work`` of each of ``items``, in their order; here where they are few."""
-    processes = min(os.cpu_count() or 1, MOST, len(items) // WORTH)
+def pooled(work: Callable[[T], R], items: Sequence[T], worth: int) -> Iterator[R]:
+    """``work`` of each of ``items``, in their order.
+
+    worth: so many items are worth a process, which takes seconds to start; fewer than twice as many are done here.
+    """
+    processes = min(os.cpu_count() or 1, MOST, len(items) // worth)
     if processes < 2:
         yield from map(work, items)
         return

@@ -35,7 +35,7 @@ def prepare(size: sizes.Size) -> Iterator[Row]:
     work: list[Callable[[], list[Row]]] = [*(partial(_run, case) for case in ran),
                                            *(partial(_predict, step) for step in predicted(size))]  # fmt: skip
     seconds: defaultdict[str, float] = defaultdict(float)
-    for kind, rows, spent in pooled(_timed, work):
+    for kind, rows, spent in pooled(_timed, work, worth=4):
         yield from rows
         seconds[kind] += spent
     for kind, name in ((_run.__name__, "compiled"), (_predict.__name__, "predicted")):

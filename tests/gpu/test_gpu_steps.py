@@ -1,5 +1,7 @@
 """The steps' own logic, as far as a machine without a GPU can try it: what is wrong is found, what is right is ok."""
 
+import os
+
 import pytest
 
 pytest.importorskip("triton")
@@ -76,9 +78,16 @@ def test_a_case_that_raises_has_failed_and_the_others_run(interpreted, monkeypat
     assert whole["cases"] == 8 and not whole["ok"] and whole["worst, in what is allowed"]["forward"] <= 1
 
 
+def process(_):
+    return os.getpid()
+
+
 def test_much_work_goes_to_several_processes_and_comes_back_in_order():
-    items = list(range(2 * pool.WORTH))
-    assert list(pool.pooled(str, items)) == list(map(str, items))
+    items = list(range(8))
+    assert list(pool.pooled(str, items, worth=4)) == list(map(str, items))
+    here = [os.getpid()] * 7
+    assert list(pool.pooled(process, items[:7], worth=4)) == here
+    assert os.getpid() not in pool.pooled(process, items, worth=4)
 
 
 # ---- CUDA graphs
@@ -235,9 +244,12 @@ def test_what_is_timed_is_what_was_asked():
     assert {case.clock for case in sizes.host(sizes.FULL)} == {"host"}
 
 
-@pytest.mark.parametrize("name, shape", [("rrdbnet", (1, 3, 48, 48)), ("compact", (1, 3, 48, 48)), ("hifigan", (1, 80, 512)),
-                                         ("resnet", (1, 3, 96, 96))])  # fmt: skip
-def test_networks_are_fused_and_mean_the_same(name, shape):
+INPUTS = {"rrdbnet": (1, 3, 48, 48), "compact": (1, 3, 48, 48), "hifigan": (1, 80, 512), "resnet": (1, 3, 96, 96)}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_networks_are_fused_and_mean_the_same(name):
+    shape = INPUTS[name]
     torch.manual_seed(0)
     model = getattr(networks, f"small_{name}")().double()
     x = torch.randn(shape, dtype=torch.float64)
