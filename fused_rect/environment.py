@@ -52,7 +52,7 @@ def report() -> dict[str, Any]:
         **facts,
         "devices": _devices(),
         "paths": {device: backends.why(device) for device in ("cpu", *accelerators)},
-        "cpu calls": _calls(),
+        "calls": {device: backends.calls(device) for device in ("cpu", *accelerators)},
         "compiler": _compiler(),
         "cache": _cache(),
         "cpu features": torch.backends.cpu.get_cpu_capability(),
@@ -122,14 +122,6 @@ def _devices() -> dict[str, str]:
             name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
             names[f"{kind}:{index}"] = name
     return names
-
-
-def _calls() -> str:
-    if backends.name("cpu") != "native":
-        return "Python"
-    from .kernels import cpu
-
-    return cpu.calls()
 
 
 def _compiler() -> str:

@@ -14,6 +14,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules import module as _module
+from torch.utils import _device
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # ---- who listens to calls of ops
@@ -76,6 +77,7 @@ is_in_thread = torch._C._is_key_in_tls
 get_in_thread = torch._C._get_obj_in_tls
 
 
+DeviceContext = _device.DeviceContext  # the mode of `with torch.device(...)` and of the default device
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
 
 

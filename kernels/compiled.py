@@ -7,6 +7,7 @@ may do at a launch is left to it: the interpreter, targets that specialize on mo
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import triton
@@ -15,6 +16,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+_one_at_a_time = threading.Lock()  # a kernel that one thread loads looks loaded to another, and has no handle yet
 ALIGNED = 16  # bytes: of an address that is a multiple, Triton makes wide accesses
 
 
@@ -70,8 +72,9 @@ def _compile(
     # AMD's compiler specializes on the size of what a pointer points into too, Intel's may.
     if driver.active.get_current_target().backend != "cuda":
         return None
-    found = kernel.warmup(*tensors, *rest, grid=grid, **options)
-    if not isinstance(found, CompiledKernel):  # a hook of the compiler's refused, or it is compiled in the background
-        return None
-    found.run  # noqa: B018  loads it
+    with _one_at_a_time:
+        found = kernel.warmup(*tensors, *rest, grid=grid, **options)
+        if not isinstance(found, CompiledKernel):  # the compiler's hook refused, or it is compiled in the background
+            return None
+        found.run  # noqa: B018  loads it
     return Launchable(found, (*grid, 1, 1)[:3], rest, device)

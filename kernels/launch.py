@@ -45,8 +45,12 @@ class Call:
     def rest(self) -> tuple[Any, ...]:
         return (*self.numbers.values(), *self.constants.values())
 
+    def launchable(self, tensors: tuple[Any, ...]) -> Launchable | None:
+        """What Triton compiles for such tensors, if it may be launched from here."""
+        return launchable(self.kernel, self.grid, tensors, self.rest, self.options, self.compiled)
+
     def __call__(self, *tensors: Tensor | None) -> None:
-        found = launchable(self.kernel, self.grid, tensors, self.rest, self.options, self.compiled)
+        found = self.launchable(tensors)
         if found is None:
             self.kernel[self.grid](*tensors, *self.rest, **self.options)
         else:
@@ -69,18 +73,21 @@ def backward(
     """
     call = _rectify_call(grad, parameters, rule, need)
     x, bits = (None, kept) if kept.dtype == torch.uint8 else (kept, None)
-    compute = _computed_in(grad.dtype)
-    # One for each sum that is needed: the bias's in the dtype wanted, PReLU's to be summed on, or rounded.
-    outputs = [dtype for dtype in (need.bias, compute if need.weight else None) if dtype is not None]
+    compute, summed = computed_in(grad.dtype), outputs(grad.dtype, need)
     with _device_of(grad):
-        partials = grad.new_empty((len(outputs), call.numbers["stride"]), dtype=compute) if outputs else None
+        partials = grad.new_empty((len(summed), call.numbers["stride"]), dtype=compute) if summed else None
         call(x, grad, grad_input, bits, *parameters, partials)
-        sums = [grad.new_empty((call.plan.channels,), dtype=dtype) for dtype in outputs]
+        sums = [grad.new_empty((call.plan.channels,), dtype=dtype) for dtype in summed]
         if sums:
             finish = finish_call(call.plan, len(sums), compute)
             finish(partials, sums[0], sums[1] if len(sums) == 2 else None)
     grad_bias = None if need.bias is None else sums[0]
     return grad_bias, _as_weight(sums[-1], parameters.weight) if need.weight else None
+
+
+def outputs(dtype: torch.dtype, need: Need) -> list[torch.dtype]:
+    """Of each sum that is needed: the bias's in the dtype wanted, PReLU's to be summed on, or rounded."""
+    return [output for output in (need.bias, computed_in(dtype) if need.weight else None) if output is not None]
 
 
 def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ def rectify_call(
         "DOWN": p.down,
         "ACROSS": p.across,
         "SEGMENT": p.segment if summed else 0,
-        "COMPUTE": _triton_type(_computed_in(dtype)),
+        "COMPUTE": _triton_type(computed_in(dtype)),
     }
     return Call(rectify, (p.programs,), numbers, constants, _options(), p)
 
@@ -179,7 +186,7 @@ def _options() -> dict[str, Any]:
     return {"num_warps": THREADS // wavefront, "enable_fp_fusion": False}
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -21,7 +21,9 @@ KERNELS = "fused_rect/kernels"
 PHILOX, RECTIFY, REDUCE, PLAN, LAUNCH = (
     f"{KERNELS}/{name}.py" for name in ("philox", "rectify", "reduce", "plan", "launch")
 )
-NATIVE, DIRECT, BUILD = f"{KERNELS}/cpu/rectify.cpp", f"{KERNELS}/cpu/direct.cpp", f"{KERNELS}/cpu/build.py"
+NATIVE, BUILD = f"{KERNELS}/cpu/rectify.cpp", f"{KERNELS}/cpu/build.py"
+DIRECT, CUDA = f"{KERNELS}/direct.cpp", f"{KERNELS}/cuda.h"
+HOST, BINDING = f"{KERNELS}/direct.py", f"{KERNELS}/compiled.py"
 EAGER, BACKENDS = "fused_rect/backends/eager.py", "fused_rect/backends/__init__.py"
 DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
 DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
@@ -41,6 +43,7 @@ FUSING, WAITING, HOLDERS, TWINS = (
 )
 COMPILED = ["tests/compile/test_compile_surroundings.py", "tests/compile/test_compile.py"]
 PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
+ON_GPU = ["tests/ops/test_direct_on_gpu.py"]
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
 AUTOGRAD, FUNCTIONAL, REFERENCE = "fused_rect/ops/autograd.py", "fused_rect/functional.py", "fused_rect/reference.py"
 
@@ -52,7 +55,8 @@ FOCUSED = {
     PLAN: ["tests/kernels/test_plan.py"],
     LAUNCH: ["tests/kernels/test_kernels.py"],
     NATIVE: ["tests/kernels/cpu/test_native.py"],
-    DIRECT: ["tests/ops/test_direct.py"],
+    DIRECT: ["tests/ops/test_direct.py", *ON_GPU],
+    **dict.fromkeys((CUDA, HOST, BINDING), ON_GPU),
     EAGER: ["tests/kernels/test_kernels.py"],
     DECOMPOSE: ["tests/ops/test_integrations.py"],
     SHARDING: ["tests/ops/test_distributed.py"],
@@ -308,7 +312,9 @@ MUTANTS = [
     Mutant(PLAN, "counters that overflow", "self.size > 2**34", "self.size > 2**35"),
     Mutant(PLAN, "channels in the last dim", "return shape[1], strides[1]", "return shape[1], strides[-1]"),
     # ---- the launches
-    Mutant(LAUNCH, "the bias's sum forgotten", "need.bias, compute if need.weight", "None, compute if need.weight"),
+    Mutant(
+        LAUNCH, "the bias's sum forgotten", "need.bias, computed_in(dtype) if need", "None, computed_in(dtype) if need"
+    ),
     Mutant(LAUNCH, "one slope's gradient of the first channel", "else per_channel.sum()", "else per_channel[:1]"),
     # ---- the native kernels
     Mutant(NATIVE, "z = 0 on the positive side", "return ~(z > 0);", "return ~(z >= 0);"),
@@ -355,7 +361,26 @@ MUTANTS = [
     Mutant(DIRECT, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
     Mutant(DIRECT, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
     Mutant(DIRECT, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"),
-    Mutant(DIRECT, "another seed than the one given", "seed_ || !rule.random() ?", "!rule.random() ?"),
+    Mutant(DIRECT, "another seed than the one given", "rule.random() && !seed.defined()", "rule.random()"),
+    Mutant(DIRECT, "a device's context listens", "!= (PyTypeObject *)device_context)", "!= nullptr)"),
+    Mutant(DIRECT, "a tangent overlooked", " && !t._fw_grad(0).defined();", ";"),
+    # The rest needs softcuda on PYTHONPATH: without it the tests of CUDA tensors are skipped, and these survive.
+    Mutant(DIRECT, "plans of another layout", "{like.sizes(), like.strides()}", "{like.sizes(), like.sizes()}"),
+    Mutant(DIRECT, "plans of other addresses", "bits << 8, aligned, (int64_t)c.type", "bits << 8, 0, (int64_t)c.type"),
+    Mutant(DIRECT, "plans of other constants", "std::bit_cast<int64_t>(rule.second)})", "(int64_t)0})"),
+    Mutant(DIRECT, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"),
+    Mutant(DIRECT, "hooks overlooked in forward", "input.is_cuda() && !hooked()", "input.is_cuda()"),
+    Mutant(DIRECT, "hooks overlooked in backward", "(grad.is_cuda() && ask(", "(false && ask("),
+    Mutant(CUDA, "one plan for all of a hash", "count == other.count && std::equal(", "true || std::equal("),
+    Mutant(CUDA, "pointers as numbers", "a.pointer < 0 ? a.value :", "true ? a.value :"),
+    Mutant(HOST, "scratch pointers left out", ", *[(-1, 0)] * scratch)", ")"),
+    Mutant(HOST, "clusters as plain launches", "metadata.num_ctas != 1 or ", ""),
+    Mutant(HOST, "constants as arguments", 'elif type != "constexpr":', "else:"),
+    Mutant(HOST, "any stream's handle", "if current.stream_id != number:", "if False:"),
+    Mutant(BINDING, "one kernel for all addresses", "t.data_ptr() % ALIGNED == 0)", "True)"),
+    Mutant(BINDING, "hooks overlooked", " or hooked() or ", " or "),
+    Mutant(BINDING, "hooks of the kernel overlooked", " or kernel.pre_run_hooks:", ":"),
+    Mutant(BINDING, "AMD's kernels too", '.backend != "cuda"', '.backend == "none"'),
     # ---- the eager path
     Mutant(EAGER, "grad_weight of the positive side", "masked_fill_(~negative, 0)", "masked_fill_(negative, 0)"),
     Mutant(EAGER, "a 16-bit result that is not stored", "        out.copy_(z)\n", "        pass\n"),

@@ -70,6 +70,18 @@ def test_modes_tracing_and_profiling_are_noticed():
     assert seen == [True]
 
 
+def test_devices_as_contexts_are_modes_of_functions():
+    with torch.device("meta") as context:
+        assert internals.function_modes() == 1
+    del context
+    assert issubclass(internals.DeviceContext, torch.overrides.TorchFunctionMode)
+    torch.set_default_device("meta")
+    try:
+        assert type(torch.overrides._get_current_function_mode()) is internals.DeviceContext
+    finally:
+        torch.set_default_device(None)
+
+
 def test_density_and_overlap():
     t = torch.zeros(2, 3, 4)
     assert internals.is_dense(t) and internals.is_dense(t.permute(2, 0, 1))

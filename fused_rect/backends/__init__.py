@@ -80,15 +80,30 @@ def resolve(device_type: str) -> ModuleType:
     return _module(_wanted(), device_type)
 
 
-def direct() -> Any:
-    """The ops for CPU tensors without Python in between, where the native path serves those and they are built."""
-    return _direct(_wanted())
+def direct(on_gpu: bool) -> Any:
+    """The ops for CUDA or CPU tensors without Python in between (kernels/direct.py); None where they are not there."""
+    return _direct(_wanted(), on_gpu)
+
+
+def calls(device_type: str) -> str:
+    """Which way calls on tensors of ``device_type`` ("cpu", "cuda", ...) take, and why, as a sentence."""
+    chosen, _ = _decide(_wanted(), device_type)
+    if chosen != _DIRECT.get(device_type):
+        return f"Python: {chosen} serves {device_type} tensors"
+    return str(importlib.import_module(_CALLS).why(device_type))
+
+
+# Which implementation the calls in C++ are calls of.
+_DIRECT = {"cpu": "native", "cuda": "triton"}
+_CALLS = "fused_rect.kernels.direct"
 
 
 @functools.cache
-def _direct(wanted: str) -> Any:
-    cpu = _module(wanted, "cpu")
-    return cpu.direct() if cpu.__name__ == _MODULES["native"] else None
+def _direct(wanted: str, on_gpu: bool) -> Any:
+    device_type = "cuda" if on_gpu else "cpu"
+    if _module(wanted, device_type).__name__ != _MODULES[_DIRECT[device_type]]:
+        return None
+    return importlib.import_module(_CALLS).calls(device_type)
 
 
 def _forget() -> None:

@@ -282,8 +282,6 @@ _register()
 
 # ---- what layers and functionals call ----
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
 
 def somebody_listens() -> bool:
     """The compiler, forward-mode AD, function transforms, modes, the tracer or the profiler: they see the ops above."""
@@ -298,30 +296,27 @@ def somebody_listens() -> bool:
     )
 
 
-def _direct(tensors: tuple[Tensor | None, ...]) -> Any:
-    """The ops in C++ (kernels/cpu/direct.cpp) for tensors of no subclass where nothing listens, else None."""
-    if somebody_listens():
-        return None
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return None
-    return backends.direct()
-
-
 def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
-    """The op `rectify`, by the shortest way there is, with a seed drawn where a random rule comes without."""
-    direct = _direct((input, *parameters)) if input.is_cpu else None
+    """The op `rectify`, by the shortest way there is, with a seed drawn where a random rule comes without.
+
+    In C++ (kernels/direct.cpp) but where somebody listens (function transforms, modes, the tracer, profilers) or the
+    tensors are unusual: a dispatch to the op costs a small rectifier several times its work.
+    """
     out: Tensor | None = None
-    if direct is not None:
-        out = direct.rectify(input, *flat(parameters, rule), *numbers(rule), bias_added)
+    if not torch.compiler.is_compiling():
+        direct = backends.direct(input.is_cuda)
+        if direct is not None:
+            out = direct.rectify(input, parameters, rule, numbers(rule), bias_added)
     return rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added) if out is None else out
 
 
 def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     """The same for `rectify_`."""
-    direct = _direct((input, *parameters)) if input.is_cpu else None
-    if direct is None or not direct.rectify_(input, *flat(parameters, rule), *numbers(rule), bias_added):
-        rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
+    if not torch.compiler.is_compiling():
+        direct = backends.direct(input.is_cuda)
+        if direct is not None and direct.rectify_(input, parameters, rule, numbers(rule), bias_added):
+            return
+    rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
 
 
 def _seeded(parameters: Parameters, input: Tensor, rule: Rule) -> Parameters:

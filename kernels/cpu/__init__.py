@@ -1,7 +1,7 @@
 """The native CPU path: C++ kernels that are built at first use."""
 
 from . import build
-from .launch import backward, direct, forward
+from .launch import backward, forward
 
 
 def available() -> bool:
@@ -21,12 +21,4 @@ def reason() -> str:
         return str(error)
 
 
-def calls() -> str:
-    """Whether calls reach the kernels without Python in between, or why they do not, as a sentence."""
-    try:
-        return f"C++, {build.library(build.DIRECT)._name}"
-    except build.BuildError as error:
-        return f"Python, slower for small tensors: {error}"
-
-
-__all__ = ["available", "backward", "calls", "direct", "forward", "reason"]
+__all__ = ["available", "backward", "forward", "reason"]

@@ -1,6 +1,7 @@
-"""Builds the C++ sources when the first CPU tensor asks for them, and keeps the libraries in the user's cache folder.
+"""Builds the C++ sources when the first tensor asks for them, and keeps the libraries in the user's cache folder.
 
-rectify.cpp is the kernels; direct.cpp, compiled beside it, calls them without Python in between, and may be missing.
+rectify.cpp is the kernels of CPU tensors; direct.cpp calls them, and those of CUDA tensors, without Python in between,
+and may be missing.
 
 A library's name holds a hash of all that makes it (source, compiler, flags with the CPU's features), so nothing is ever
 out of date, and a hash of its own bytes: dlopen maps a file that was cut short by a power loss, and the process dies of
@@ -23,6 +24,8 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,16 +35,18 @@ from pathlib import Path
 import torch
 
 KERNELS, DIRECT = "rectify", "direct"
-SOURCES = {part: Path(__file__).with_name(f"{part}.cpp") for part in (KERNELS, DIRECT)}
+HERE = Path(__file__).parent
+SOURCES = {KERNELS: HERE / "rectify.cpp", DIRECT: HERE.parent / "direct.cpp"}
 ENTRIES = {KERNELS: "fused_rect", DIRECT: "fused_rect_direct"}
-HEADER = Path(__file__).with_name("call.h")
+HEADER = HERE / "call.h"
+HEADERS = {KERNELS: [HEADER], DIRECT: [HEADER, HERE.parent / "cuda.h"]}
 # Contraction would round the sums' products differently from those that are stored, and float32 differently from eager.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 LIBRARIES = ("-ldl",)
-# Against torch's headers; -O3 would take 3 s more, for code that runs once a call.
+# Against torch's and Python's headers; -O3 would take 3 s more, for code that runs once a call.
 ABI = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 DIRECT_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", ABI)
-DIRECT_LIBRARIES = ("-ltorch_cpu", "-lc10")
+DIRECT_LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl")
 # By torch's own detection, so that ATEN_CPU_CAPABILITY governs these kernels as it does torch's.
 FEATURES = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -82,18 +87,12 @@ def _outcomes() -> dict[str, ctypes.CDLL | BuildError]:
 
 def _attempt(part: str) -> ctypes.CDLL | BuildError:
     try:
-        return _load(part) if part == KERNELS else _load_once(part)
+        return _load(part)
     except BuildError as error:
         return error
     except Exception as error:  # of the file system, of a package that torch's headers need, of whatever else there is
         cause = f"{type(error).__name__}: {error}"
         return BuildError(f"the C++ kernels could not be built or loaded ({cause}); {OWN_FOLDER}, or {REMEDY}")
-
-
-@functools.cache
-def _load_once(part: str) -> ctypes.CDLL:
-    """A library that registers ops with torch does so once a process."""
-    return _load(part)
 
 
 def _load(part: str) -> ctypes.CDLL:
@@ -176,16 +175,17 @@ def _against(part: str) -> list[str]:
         return list(LIBRARIES)
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    return [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()] + [*DIRECT_LIBRARIES]
+    includes = [*include_paths(), sysconfig.get_paths()["include"]]
+    return [f"-I{path}" for path in includes] + [f"-L{path}" for path in library_paths()] + [*DIRECT_LIBRARIES]
 
 
 def _key(part: str) -> str:
     """The name of all that makes the library of ``part``."""
     if os.name != "posix":
         raise BuildError(f"the native CPU kernels are built on Linux and macOS alone, not on {platform.system()}")
-    sources = (SOURCES[part].read_text(), HEADER.read_text())
-    torch_build = (torch.__version__, str(torch.version.git_version)) if part == DIRECT else ()
-    parts = (*sources, version(compiler()), *compiler()[1:], *flags(part), *torch_build, platform.machine())
+    sources = [path.read_text() for path in (SOURCES[part], *HEADERS[part])]
+    against = (torch.__version__, str(torch.version.git_version), sys.version) if part == DIRECT else ()
+    parts = (*sources, version(compiler()), *compiler()[1:], *flags(part), *against, platform.machine())
     return f"{part}-{_hash(chr(0).join(parts).encode())}"
 
 

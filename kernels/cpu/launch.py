@@ -11,7 +11,6 @@ import re
 import struct
 from collections import namedtuple
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,18 +46,6 @@ def _kernel() -> Callable[[bytes], int]:
     function = build.library().fused_rect
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     return function
-
-
-def direct() -> Any:
-    """The ops of direct.cpp, or None where they could not be built."""
-    try:
-        library = build.library(build.DIRECT)
-        kernels = build.library()
-    except build.BuildError:
-        return None
-    library.fused_rect_direct(ctypes.cast(kernels.fused_rect, ctypes.c_void_p))
-    ops = torch.ops.fused_rect_direct
-    return SimpleNamespace(rectify=ops.rectify.default, rectify_=ops.rectify_.default)
 
 
 def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:

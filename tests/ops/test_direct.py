@@ -1,5 +1,9 @@
-"""The ops called in C++ (kernels/cpu/direct.cpp): what they take on equals a dispatcher call; they leave the rest."""
+"""The ops called in C++ (kernels/direct.cpp): what they take on equals a dispatcher call; they leave the rest.
 
+For CPU tensors or, where Triton alone is tested and there is a GPU, CUDA tensors.
+"""
+
+import os
 import subprocess
 import sys
 
@@ -12,12 +16,19 @@ from torch import nn
 
 import fused_rect as fr
 from fused_rect import backends, ops
-from fused_rect.kernels import cpu
+from fused_rect.kernels import cpu, direct
 from fused_rect.rules import PRELU, Parameters, Rule, leaky_relu, numbers
 
-with fr.backend("auto"):
-    DIRECT = backends.direct() if cpu.available() else None
-pytestmark = pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not built: {cpu.calls()}")
+BACKEND = "triton" if os.environ.get("FUSED_RECT_BACKEND") == "triton" else "native"
+DEVICE = "cuda" if BACKEND == "triton" else "cpu"
+with fr.backend(BACKEND if DEVICE == "cuda" else "auto"):
+    DIRECT = backends.direct(DEVICE == "cuda") if DEVICE == "cuda" or cpu.available() else None
+pytestmark = [
+    pytest.mark.ptx,
+    pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {direct.why(DEVICE)}"),
+]
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="once is enough")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or a machine that stands in for one")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAKY, RRELU = leaky_relu(0.1), Rule.default("rrelu")
@@ -25,17 +36,17 @@ SHAPES = [(7,), (4, 3), (2, 3, 5), (2, 3, 5, 7), (1, 8, 8, 8), (1, 2, 1, 1, 3), 
 
 
 @pytest.fixture(autouse=True)
-def native():
-    with fr.backend("native"):
+def forced():
+    with fr.backend(BACKEND):
         yield
 
 
 def rectify(tensors, rule, bias_added=False):
-    return DIRECT.rectify(*tensors, *rule, *numbers(rule), bias_added)
+    return DIRECT.rectify(tensors[0], Parameters(*tensors[1:]), rule, numbers(rule), bias_added)
 
 
 def rectify_(tensors, rule, bias_added=False):
-    return DIRECT.rectify_(*tensors, *rule, *numbers(rule), bias_added)
+    return DIRECT.rectify_(tensors[0], Parameters(*tensors[1:]), rule, numbers(rule), bias_added)
 
 
 def arguments(shape, dtype, rule, channels_last=False, wide=False, needs="xbw", has_bias=True):
@@ -71,7 +82,7 @@ def test_whichever_gradients_are_wanted(needs, bias):
         assert torch.equal(got, wanted)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200 if DEVICE == "cpu" else 40)
 @given(
     shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES), rule=st.sampled_from(list(RULES.values())),
     last=st.booleans(), wide=st.booleans(), needs=st.sampled_from(NEEDS), has_bias=st.booleans(),
@@ -108,6 +119,7 @@ def test_equals_the_dispatchers_call(shape, dtype, rule, last, wide, needs, has_
 RECORDED = [(rule, False) for rule in RULES.values()] + [(rule, True) for rule in RULES.values() if not rule.learned]
 
 
+@on_cpu  # what follows is the same for both devices, and takes minutes without a GPU
 @pytest.mark.parametrize("bias_added", [False, True])
 @pytest.mark.parametrize(("rule", "in_place"), RECORDED, ids=str)
 def test_second_derivatives(rule, in_place, bias_added):
@@ -152,7 +164,7 @@ def test_which_gradients_are_none_is_the_dispatchers(rule, bias, order):
 def test_draws_the_seed_that_python_would(in_place):
     x = torch.randn(2, 3, 5)
     torch.manual_seed(3)
-    expected, following = ops.rectify(x, None, None, fr.random.new_seed(), *RRELU), torch.rand(1)
+    expected, following = ops.rectify(x, None, None, fr.random.new_seed(DEVICE), *RRELU), torch.rand(1)
     torch.manual_seed(3)
     y = x.clone()
     if in_place:
@@ -182,7 +194,8 @@ def test_the_unusual_is_left_to_python():
     assert refused(x, weight=torch.randn(1, 3), rule=PRELU) and refused(x, weight=c.half(), rule=PRELU)
     assert refused(x, seed=torch.ones(1), rule=RRELU) and refused(x, seed=torch.tensor([1, 2]), rule=RRELU)
     assert refused(x[:, :, ::2], rule=RRELU)
-    assert rectify((x.to_sparse(), None, None, None), LEAKY) is None
+    if DEVICE == "cpu":
+        assert rectify((x.to_sparse(), None, None, None), LEAKY) is None
     flat = torch.randn(12)
     assert not rectify_((flat[:12].view(4, 3), flat[:3], None, None), LEAKY)  # the bias lies in the input
     leaf = torch.randn(2, 3, requires_grad=True)
@@ -206,8 +219,15 @@ def test_whoever_listens_sees_the_op(observed, monkeypatch):
 
     x, bias = torch.randn(2, 3, 4), torch.randn(3)
     calls = []
-    taken = backends.direct
-    monkeypatch.setattr(backends, "direct", lambda: calls.append("direct") or taken())
+    taken = backends.direct(DEVICE == "cuda")
+
+    def watched(*args):
+        out = taken.rectify(*args)
+        if out is not None:
+            calls.append("direct")
+        return out
+
+    monkeypatch.setattr(backends, "direct", lambda on_gpu: direct.Calls(watched, taken.rectify_))
 
     def run(x, bias=bias):
         return fr.functional.bias_leaky_relu(x, bias)
@@ -255,6 +275,13 @@ def test_whoever_listens_sees_the_op(observed, monkeypatch):
     assert "direct" not in calls
 
 
+def test_where_new_tensors_go_is_nobody_who_listens():
+    """`torch.set_default_device` is a function mode too."""
+    x, bias = torch.randn(2, 3, 4, device=DEVICE), torch.randn(3, device=DEVICE)
+    with torch.device("meta"):
+        assert rectify((x, bias, None, None), LEAKY) is not None
+
+
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(inference):
     layer, x = fr.nn.ConvPReLU2d(2, 3, 3), torch.randn(1, 2, 5, 5)
@@ -281,7 +308,7 @@ def test_gradients_that_need_a_copy_and_hooks(rule):
 def test_an_expanded_gradient_stays_in_cpp(monkeypatch):
     """`y.sum().backward()` hands back one number for all elements."""
     called = []
-    monkeypatch.setattr(cpu, "backward", lambda *args: called.append(args))
+    monkeypatch.setattr(backends.resolve(DEVICE), "backward", lambda *args: called.append(args))
     x, *rest = arguments((2, 3, 4), torch.float32, LEAKY)
     rectify((x, *rest), LEAKY).sum().backward()
     assert not called and torch.equal(x.grad, torch.where(x + rest[0].view(-1, 1) > 0, 1.0, 0.1))
@@ -348,12 +375,13 @@ def test_without_the_library_python_serves(monkeypatch):
     backends._forget()
     x = torch.randn(2, 3, requires_grad=True)
     fr.functional.bias_relu(x).sum().backward()
-    assert torch.equal(x.grad, (x > 0).float()) and backends.direct() is None
-    assert cpu.calls() == "Python, slower for small tensors: no headers"
+    assert torch.equal(x.grad, (x > 0).float()) and backends.direct(DEVICE == "cuda") is None
+    assert backends.calls(DEVICE) == "Python, slower for small tensors: no headers"
     monkeypatch.undo()
     backends._forget()
 
 
+@on_cpu
 @pytest.mark.parametrize("room, expected", [(1.5, "RuntimeError"), (2.5, "OutOfMemoryError"), (3.5, "done")])
 def test_no_memory_is_an_error_in_backward_too(room, expected):
     """Room for so many tensors of the input's size: torch makes two, the kernels' sums are the third."""
@@ -376,3 +404,180 @@ except (RuntimeError, MemoryError) as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+# ---- on a GPU: launches ----
+
+
+@pytest.fixture
+def no_python(monkeypatch):
+    """Nothing is launched from Python."""
+    from fused_rect.kernels import launch
+
+    def fail(*args):
+        raise AssertionError("launched from Python")
+
+    monkeypatch.setattr(launch.Call, "__call__", fail)
+
+
+def wrapped(tensors, rule, grad):
+    """Output and gradients of a call in C++."""
+    leaves = [t for t in tensors[:3] if t is not None]
+    y = rectify(tensors, rule)
+    return [y, *torch.autograd.grad(y, leaves, grad)]
+
+
+def through_the_op(tensors, rule, grad):
+    with fr.backend("eager"):
+        leaves = [t for t in tensors[:3] if t is not None]
+        y = ops.rectify(*tensors, *rule)
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+
+@on_gpu
+@pytest.mark.parametrize("rule", RULES.values(), ids=str)
+def test_no_launch_comes_from_python(rule, no_python):
+    tensors, grad = arguments((2, 3, 5, 7), torch.float32, rule), torch.randn(2, 3, 5, 7)
+    for got, expected in zip(wrapped(tensors, rule, grad), through_the_op(tensors, rule, grad), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("weights", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("needs", ["w", "bw"])
+def test_the_gradient_of_slopes_is_summed_on_and_rounded(needs, dtype, weights, no_python):
+    x, bias, weight, _ = tensors = arguments((2, 3, 5), dtype, PRELU, needs=needs)
+    if weights == 1:
+        weight = torch.rand(1, dtype=dtype, requires_grad=True)
+    tensors, leaves = (x, bias, weight, None), [t for t in (bias, weight) if t.requires_grad]
+    grad = torch.randn(2, 3, 5).to(dtype)
+    got = torch.autograd.grad(rectify(tensors, PRELU), leaves, grad)
+    with fr.backend("eager"):
+        expected = torch.autograd.grad(ops.rectify(*tensors, *PRELU), leaves, grad)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+@on_gpu
+def test_what_a_plan_depends_on_is_told_apart(no_python):
+    """Calls of one shape: constants, addresses that are no multiple of 16, which tensors there are, layouts."""
+    memory, grad = torch.randn(2 * 8 * 4 * 4 + 1), torch.randn(2, 8, 4, 4)
+    for _ in range(2):
+        for rule in (leaky_relu(0.5), leaky_relu(-3.0), Rule("rrelu", 0.0, 1.0), Rule("rrelu", 2.0, 3.0)):
+            for start in (0, 1):
+                for form in (torch.contiguous_format, torch.channels_last):
+                    z = memory[start:][:256].view(2, 8, 4, 4).contiguous(memory_format=form).requires_grad_()
+                    for bias in (None, torch.randn(9)[start:][:8].detach().requires_grad_()):
+                        tensors = z, bias, None, torch.tensor([5]) if rule.random else None
+                        got, expected = wrapped(tensors, rule, grad), through_the_op(tensors, rule, grad)
+                        for a, b in zip(got, expected, strict=True):
+                            torch.testing.assert_close(a, b)
+
+
+@on_gpu
+def test_threads_share_plans(no_python):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(seed):
+        with fr.backend(BACKEND), torch.device(DEVICE):
+            shape = (2, 3, 5 + seed % 3)
+            tensors, grad = arguments(shape, torch.float32, LEAKY), torch.randn(shape)
+            got, expected = wrapped(tensors, LEAKY, grad), through_the_op(tensors, LEAKY, grad)
+            return all(torch.allclose(a, b) for a, b in zip(got, expected))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(12)))
+
+
+@on_gpu
+def test_hooks_of_launches_send_them_through_triton():
+    from triton import knobs
+
+    seen = []
+
+    def enter(metadata):
+        seen.append(metadata.get()["name"])
+
+    tensors = arguments((2, 3, 5), torch.float32, LEAKY)
+    y = rectify(tensors, LEAKY)
+    knobs.runtime.launch_enter_hook.add(enter)
+    try:
+        assert rectify(tensors, LEAKY) is None
+        y.sum().backward()
+        assert seen == ["fused_rect_backward_leaky_relu", "finish"]
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+    assert rectify(tensors, LEAKY) is not None
+
+
+@on_gpu
+def test_what_triton_does_not_compile_at_once_is_left_to_it(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *args, **kwargs: None)
+    tensors = arguments((2, 3, 11), torch.float32, LEAKY)  # a shape of no other test
+    assert rectify(tensors, LEAKY) is None
+    with fr.backend(BACKEND):
+        fr.functional.bias_leaky_relu(*tensors[:2], 0.1).sum().backward()
+    assert tensors[0].grad is not None
+
+
+def test_a_stream_is_known_by_its_number(monkeypatch):
+    from types import SimpleNamespace
+
+    stream = SimpleNamespace(stream_id=7, cuda_stream=4096)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert direct.Host().stream(0, 7) == 4096
+    with pytest.raises(RuntimeError, match="not number 8"):
+        direct.Host().stream(0, 8)
+
+
+SIGNATURE = {"x": "*fp32", "bits": "constexpr", "partials": "*fp32", "scale": "i64", "rows": "constexpr", "n": "i32"}
+
+
+@pytest.mark.parametrize("parameters", [4, 5, 6])
+def test_a_compiled_kernels_arguments(parameters):
+    """As Triton's signature has them, without constants; then scratch pointers, as many as the PTX declares more."""
+    kernel = MadeUp(parameters)
+    told = direct._numbers(launchable(kernel), ("x", "bits", "partials"))
+    arguments = ((0, 0), (7, 0), (-1, 5), (-1, 16), *[(-1, 0)] * (parameters - 4))
+    assert told == (77, 3, 1, 1, 128, 64, arguments) and kernel in direct._kept
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"num_ctas": 2}, {"launch_pdl": True}, {"launch_cooperative_grid": True}, {"global_scratch_size": 8},
+     {"profile_scratch_size": 8}],
+    ids=str,
+)  # fmt: skip
+def test_more_than_a_plain_launch_is_left_to_triton(more):
+    assert direct._numbers(launchable(MadeUp(6, **more)), ("x", "bits", "partials")) is None
+
+
+@pytest.mark.parametrize("parameters", [3, 7, 0])
+def test_arguments_that_are_not_understood_are_left_to_triton(parameters):
+    assert direct._numbers(launchable(MadeUp(parameters)), ("x", "bits", "partials")) is None
+
+
+class MadeUp:
+    """A compiled kernel of so many parameters, none that can be read at 0."""
+
+    def __init__(self, parameters, **more):
+        from types import SimpleNamespace
+
+        plain = dict.fromkeys(("launch_pdl", "launch_cooperative_grid"), False)
+        scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
+        metadata = {"num_warps": 4, "warp_size": 32, "shared": 64, "num_ctas": 1, **plain, **scratch, **more}
+        self.metadata, self.function = SimpleNamespace(**metadata), 77
+        self.src = SimpleNamespace(signature=SIGNATURE)
+        lines = ",\n".join(f"\t.param .u64 .ptr .global .align 1 rectify_param_{i}" for i in range(parameters))
+        ptx = f".version 8.7\n.visible .entry rectify(\n{lines}\n)\n.reqntid 128\n{{\nld.param.b32 (x);\n}}"
+        self.asm = {"ptx": ptx} if parameters else {"cubin": b""}
+
+
+def launchable(kernel):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(kernel=kernel, grid=(3, 1, 1), rest=(5, 1, 16))
