@@ -100,14 +100,20 @@ def fused(
 ) -> Tensor:
     """The rectified output of the module ``linear_map``; ``weight`` and ``rule`` as `epilogue_arguments` has them."""
     rank = len(getattr(linear_map, "kernel_size", ()))
-    bias, of_epilogue, added = functional.share_bias(linear_map.bias, rank, input.device)
+    bias, of_epilogue, added = functional.share_bias(_parameter(linear_map, "bias"), rank, input.device)
     if not rank:
-        z = F.linear(input, linear_map.weight, bias)
+        z = F.linear(input, _parameter(linear_map, "weight"), bias)
     elif linear_map.transposed:
         z = _transposed(linear_map, rank, input, bias, output_size)
     else:
-        z = linear_map._conv_forward(input, linear_map.weight, bias)
+        z = linear_map._conv_forward(input, _parameter(linear_map, "weight"), bias)
     return functional.epilogue(z, rank, Parameters(of_epilogue, weight), rule, added)
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``; torch's own way there takes 1 us, as much as a hundredth of a small layer's step."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}

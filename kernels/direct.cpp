@@ -357,16 +357,22 @@ struct Anchored : torch::autograd::Function<Anchored> {
   }
 };
 
-// Numbers as compiled autograd can hash them, which it cannot lists inside of tuples.
-c10::IValue tuple_of(at::IntArrayRef numbers) {
-  return c10::ivalue::Tuple::create(std::vector<c10::IValue>(numbers.begin(), numbers.end()));
-}
+// What a node knows beside its tensors, in one tuple of numbers, which compiled autograd can hash.
+struct Kept {
+  enum { name, lower, upper, slope, first, second, type, bias_type, added, layout };
 
-std::vector<int64_t> numbers_of(const c10::IValue &tuple) {
-  std::vector<int64_t> numbers;
-  for (const auto &number : tuple.toTupleRef().elements()) numbers.push_back(number.toInt());
-  return numbers;
-}
+  static c10::IValue of(const Rule &rule, const Tensor &out, const Maybe &bias, bool bias_added) {
+    std::vector<c10::IValue> values;
+    values.reserve(layout + 2 * out.dim());
+    values.emplace_back(std::string(rule.name)), values.emplace_back(rule.lower), values.emplace_back(rule.upper);
+    values.emplace_back(rule.slope), values.emplace_back(rule.first), values.emplace_back(rule.second);
+    values.emplace_back((int64_t)out.scalar_type());
+    values.emplace_back(bias ? (int64_t)bias->scalar_type() : -1), values.emplace_back(bias_added);
+    for (const auto numbers : {out.sizes(), out.strides()})
+      for (const int64_t number : numbers) values.emplace_back(number);
+    return c10::ivalue::Tuple::create(std::move(values));
+  }
+};
 
 // ops/autograd.py's _Rectify. Beside the rectified input there may be a second output, by which second derivatives
 // reach this node:
@@ -389,11 +395,7 @@ struct Rectify : torch::autograd::Function<Rectify> {
     else kept = input, link = kept_bias = bias ? bias->clone() : Tensor();
     const Tensor anchor = rule.learned() ? Tensor() : link;
     ctx->save_for_backward({kept, kept_bias, weight.value_or(Tensor()), seed.value_or(Tensor()), anchor});
-    ctx->saved_data["rule"] = c10::ivalue::Tuple::create(
-        {std::string(rule.name), rule.lower, rule.upper, rule.slope, rule.first, rule.second});
-    ctx->saved_data["layout"] = c10::ivalue::Tuple::create(
-        {tuple_of(out.sizes()), tuple_of(out.strides()), (int64_t)out.scalar_type(),
-         bias ? (int64_t)bias->scalar_type() : -1, added});
+    ctx->saved_data["call"] = Kept::of(rule, out, bias, added);
     if (link.defined()) return {out, link};
     return {out};
   }
@@ -401,21 +403,24 @@ struct Rectify : torch::autograd::Function<Rectify> {
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &kept = saved[0], &bias = saved[1], &weight = saved[2], &anchor = saved[4];
-    const auto &r = ctx->saved_data["rule"].toTupleRef().elements();
-    const auto &l = ctx->saved_data["layout"].toTupleRef().elements();
+    const c10::ArrayRef<c10::IValue> k = ctx->saved_data["call"].toTupleRef().elements();
     const Rule rule{
-        r[0].toStringView(), r[1].toDouble(), r[2].toDouble(), r[3].toInt(), r[4].toDouble(), r[5].toDouble()};
-    const auto sizes = numbers_of(l[0]), strides = numbers_of(l[1]);
-    const bool has_bias = l[3].toInt() >= 0;
+        k[Kept::name].toStringView(), k[Kept::lower].toDouble(), k[Kept::upper].toDouble(),
+        k[Kept::slope].toInt(), k[Kept::first].toDouble(), k[Kept::second].toDouble()};
+    c10::SmallVector<int64_t, 10> layout;
+    for (const auto &number : k.slice(Kept::layout)) layout.push_back(number.toInt());
+    const auto sizes = at::IntArrayRef(layout).slice(0, layout.size() / 2);
+    const auto strides = at::IntArrayRef(layout).slice(layout.size() / 2);
+    const bool has_bias = k[Kept::bias_type].toInt() >= 0;
     // Edges count the tensors that were there.
     const bool need_bias = has_bias && ctx->needs_input_grad(1);
     const bool need_weight = weight.defined() && ctx->needs_input_grad(1 + has_bias);
     Need need{{}, need_weight};
-    if (need_bias) need.bias = (at::ScalarType)l[3].toInt();
+    if (need_bias) need.bias = (at::ScalarType)k[Kept::bias_type].toInt();
 
     Tensor grad = grads[0];
     if (!grad.defined())
-      grad = at::empty_strided(sizes, strides, kept.options().dtype((at::ScalarType)l[2].toInt())).zero_();
+      grad = at::empty_strided(sizes, strides, kept.options().dtype((at::ScalarType)k[Kept::type].toInt())).zero_();
     auto [of_input, of_bias, of_weight] = ::backward(grad, kept, bias, weight, saved[3], rule, need, strides);
     if (anchor.defined() && at::GradMode::is_enabled() && anchor.requires_grad()) {
       const auto joined = Anchored::apply(anchor, at::TensorList{of_input, of_bias, of_weight});
@@ -424,7 +429,7 @@ struct Rectify : torch::autograd::Function<Rectify> {
     const Tensor of_link = grads.size() > 1 ? grads[1] : Tensor();
     if (of_link.defined() && rule.learned()) {
       Tensor of_added = of_link;
-      if (l[4].toBool()) {
+      if (k[Kept::added].toBool()) {
         std::vector<int64_t> others;
         for (int64_t d = 0; d < of_link.dim(); d++)
           if (d != 1) others.push_back(d);
