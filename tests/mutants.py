@@ -32,8 +32,12 @@ CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES, STATISTICS, TRAINING = (
     for name in ("checkpoint", "folder", "log", "runner", "formats", "archives", "statistics", "training")
 )
 FILES, CLI = "fused_rect/files.py", "fused_rect/cli.py"
-PROFILE, MEASURE, RECORDS, NAMED, PEERS = (
-    f"fused_rect/perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers")
+PROFILE, MEASURE, RECORDS, NAMED, PEERS, CLOCKS = (
+    f"fused_rect/perf/profiling/{name}.py" for name in ("cli", "measure", "records", "named", "peers", "clocks")
+)
+GPU_CHECK = "fused_rect/perf/gpu_check.py"
+AGREEMENT, LARGE, RUNNING, STEPS, SUITE, TABLES = (
+    f"fused_rect/perf/gpu/{name}.py" for name in ("agreement", "large", "running", "steps", "suite", "report")
 )
 SITES, PLACEMENT, REWRITE, CALLS = (
     f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls")
@@ -69,6 +73,9 @@ FOCUSED = {
     **dict.fromkeys((CLI, PROFILE, MEASURE, RECORDS, NAMED), PROFILE_FAULTS),
     **{file: ["tests/fusion"] for file in (FUSING, WAITING, HOLDERS, TWINS)},
     PEERS: ["tests/profiling/test_profile.py"],
+    CLOCKS: ["tests/profiling/test_perf_measure.py"],
+    **{file: ["tests/gpu/test_gpu_steps.py"] for file in (AGREEMENT, LARGE, STEPS, SUITE)},
+    **{file: ["tests/gpu/test_gpu_check.py"] for file in (GPU_CHECK, RUNNING, TABLES)},
     PLACEMENT: ["tests/compile/test_moves.py"],
     **dict.fromkeys((SITES, REWRITE, CALLS), COMPILED),
     STATISTICS: ["tests/study/test_study_report.py"],
@@ -527,4 +534,26 @@ MUTANTS = [
     Mutant(RECORDS, "control characters", 'c if c.isprintable() else "?"', "c"),
     Mutant(NAMED, "a user's missing import", 'f"{name}.".startswith(f"{missing.name}.")', "missing.name"),
     Mutant(PEERS, "in place of a copy", "lambda leaf, buffer: buffer\n", "lambda leaf, buffer: buffer.clone()\n"),
+    Mutant(PEERS, "cases share the limit of versions", "    torch._dynamo.reset()  # else", "    pass  # else"),
+    Mutant(PEERS, "silently uncompiled", 'frames["ok"] > before', 'frames["ok"] >= before'),
+    Mutant(CLOCKS, "a graph's calls are one", "_events(replay, replays) / calls", "_events(replay, replays)"),
+    Mutant(
+        CLOCKS,
+        "a call is two",
+        "                run()\n            spent",
+        "                run(), run()\n            spent",
+    ),
+    # ---- the GPU check
+    Mutant(AGREEMENT, "bits are not compared", "not torch.equal(bits, expected_bits)", "False"),
+    Mutant(AGREEMENT, "wrong is ok", "max(found.values()) <= 1", "min(found.values()) <= 1"),
+    Mutant(LARGE, "the first part only", "range(0, x.numel(), PART)", "range(0, PART, PART)"),
+    Mutant(LARGE, "slopes start anew", "torch.arange(start // 4,", "torch.arange(start // 4 * 0,"),
+    Mutant(LARGE, "sums are not compared", "wrong == 0 and error < SUMS", "wrong == 0"),
+    Mutant(STEPS, "missing peers are ok", '{"ok": not missing, "case"', '{"ok": True, "case"'),
+    Mutant(SUITE, "skipped is ok", "running.returncode == 0 and passed", "running.returncode == 0"),
+    Mutant(RUNNING, "time hides a failure", "if False in said or (status and not cut):", "if status and not cut:"),
+    Mutant(RUNNING, "a dead step is ok", "(status and not cut)", "(status > 0 and not cut)"),
+    Mutant(RUNNING, "what it started goes on", "os.killpg(child.pid, signal.SIGKILL)", "child.kill()"),
+    Mutant(GPU_CHECK, "the log of another run", 'open(f"{base}.log", "x")', 'open(f"{base}.log", "a")'),
+    Mutant(TABLES, "backward with its forward", 'if mode == "training" else 0', "if False else 0"),
 ]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -148,6 +149,18 @@ def test_more_versions_than_torch_compiles_are_an_error_in_a_measuring_process(d
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
     calls("relu", "epilogue", "inference", compiled=[peers.FUSED_COMPILED])
     assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+@pytest.mark.parametrize("rectifier, kept", [("leaky_relu", 1 / 8), ("prelu", 0), ("rrelu", 1 / 8)])
+def test_a_training_step_moves_what_its_forward_and_its_backward_move(rectifier, kept):
+    """Of 16-bit elements: read and written in each pass, with a bit each or, of PReLU, read again."""
+    layer = square("a", 2, 64, 64, 64, 1, rectifier)
+    inference, forward, training = (
+        records.work(layer, "epilogue", mode, 2)[0] / math.prod(layer.output)
+        for mode in ("inference", "forward", "training")
+    )
+    assert inference == pytest.approx(4, abs=1e-3) and forward == pytest.approx(4 + kept, abs=1e-3)
+    assert training - forward == pytest.approx(4 + (kept or 2), abs=1e-3)
 
 
 @pytest.mark.parametrize("rectifier, tensors", [("relu", 1), ("leaky_relu", 2), ("prelu", 2), ("rrelu", 3)])
