@@ -28,7 +28,7 @@ class _Dense(nn.Module):
         return self.last(torch.cat(features, 1)) * 0.2 + x  # type: ignore[no-any-return]
 
 
-def rrdbnet(width: int = 64, blocks: int = 4) -> nn.Module:
+def rrdbnet(width: int = 64, blocks: int = 3) -> nn.Module:
     """ESRGAN's generator, ``blocks`` dense blocks long, at four times the size."""
     up = [m for _ in range(2) for m in (nn.Upsample(scale_factor=2), _conv(width, width), nn.LeakyReLU(0.2))]
     body = [_Dense(width) for _ in range(blocks)]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fused_rect import backends
+
 from ..inspection import figures
 from ..inspection.compiling import Step
 from ..profiling.measure import Case
@@ -38,6 +40,7 @@ def prepare(size: sizes.Size) -> Iterator[Row]:
     for kind, rows, spent in pooled(_timed, work, worth=4):
         yield from rows
         seconds[kind] += spent
+    yield {"ok": True, "case": "calls", "are": backends.calls("cuda")}
     for kind, name in ((_run.__name__, "compiled"), (_predict.__name__, "predicted")):
         yield {"ok": True, "case": name, "processes' seconds": round(seconds[kind], 1)}
 

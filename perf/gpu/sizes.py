@@ -55,7 +55,6 @@ FULL = Size(
         f"--shape 8,64,56,56 --kernel 1 {BF16} {PASS}",
     ),
     layers=(
-        f"--workload compact --part layer --compile {ALL} {BF16} {LAST}",
         f"--shape 32,64,64,64 --part layer --compile {ALL} {BF16} {LAST}",
         f"--shape 32,64,64,64 --part layer --compile --mode training {FLOAT32}",
     ),
@@ -65,7 +64,10 @@ FULL = Size(
         f"{NETWORKS}:hifigan --shape 16,80,64 {BF16}",
         f"{NETWORKS}:resnet --shape 64,3,224,224 {BF16} {LAST}",
     ),
-    host=tuple(f"--shape {shape} --kernel 1 --compile {ALL} {BF16}" for shape in ("1,8,8,8", "8,64,8,8")),
+    host=(
+        f"--shape 1,8,8,8 --kernel 1 --rectifier leaky_relu --compile {ALL} {BF16}",
+        f"--shape 8,64,8,8 --kernel 1 --rectifier leaky_relu rrelu --compile {ALL} {BF16}",
+    ),
     tests=("tests",),
     elements=2**31,
 )

@@ -54,19 +54,19 @@ def measured(cases: Sequence[Case], size: Size) -> Rows:
 
 
 STEPS = {
-    "prepare": Step(70, "kernels and compiled models into the caches, by all cores; inspect's predictions", prepare),
-    "agreement": Step(40, "the kernels' values, gradients, sums and bits against eager's on the CPU",
+    "prepare": Step(90, "kernels and compiled models into the caches, by all cores; inspect's predictions", prepare),
+    "agreement": Step(35, "the kernels' values, gradients, sums and bits against eager's on the CPU",
                       lambda size: agreement("cuda", size.agreement)),
-    "kernels": Step(95, "each kernel's time on the device alone, beside Inductor's, eager's and a copy's",
+    "kernels": Step(90, "each kernel's time on the device alone, beside Inductor's, eager's and a copy's",
                     lambda size: measured(sizes.kernels(size), size)),
-    "models": Step(75, "networks, training and inference: eager, fuse(), torch.compile, ours; time and peak memory",
+    "models": Step(70, "networks, training and inference: eager, fuse(), torch.compile, ours; time and peak memory",
                    lambda size: measured(sizes.models(size), size)),
     "graph": Step(15, "a training step with RReLU in a CUDA graph: new slopes and weights at each replay",
                   lambda size: replays("cuda"), graphs=True),
     "tests": Step(60, "the tests that reach the kernels", lambda size: suite(size.tests)),
     "large": Step(25, "tensors of more than 2^31 elements", lambda size: large("cuda", size.elements)),
     "host": Step(15, "what a call costs the host", lambda size: measured(sizes.host(size), size)),
-    "layers": Step(35, "whole layers, training and inference; time and peak memory",
+    "layers": Step(30, "whole layers, training and inference; time and peak memory",
                    lambda size: measured(sizes.layers(size), size)),
     "sanitizer": Step(35, "compute-sanitizer: memory, races, reads of what nobody wrote", lambda size: sanitizer()),
 }  # fmt: skip
