@@ -33,6 +33,7 @@ using torch::autograd::variable_list;
 
 int (*kernel)(const Call *) = nullptr;  // rectify.cpp's entry, where CPU tensors are served
 PyObject *host = nullptr;               // direct.py's Host, where CUDA tensors are served
+PyObject *runtime = nullptr;            // where Triton keeps its hooks
 PyObject *device_context = nullptr;     // the type of torch.device as a context, which says where new tensors go
 
 // rules.py's Rule, and its number and constants: Python's table hands them over with each call.
@@ -270,7 +271,6 @@ bool hooked() {
       PyUnicode_InternFromString("launch_enter_hook"), PyUnicode_InternFromString("launch_exit_hook"),
       PyUnicode_InternFromString("add_stages_inspection_hook")};
   static PyObject *const calls = PyUnicode_InternFromString("calls");
-  static PyObject *const runtime = py::object(py::handle(host).attr("runtime")).release().ptr();
   for (PyObject *const name : names) {
     const auto hook = py::reinterpret_steal<py::object>(PyObject_GetAttr(runtime, name));
     if (!hook) PyErr_Clear();
@@ -540,9 +540,9 @@ PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context)
 void fused_rect_direct_cpu(int (*entry)(const Call *)) { kernel = entry; }
 
 // Whether CUDA's driver is there.
-int fused_rect_direct_cuda(PyObject *h) {
+int fused_rect_direct_cuda(PyObject *h, PyObject *r) {
   if (!cuda::driver().found) return false;
-  if (!host) host = Py_NewRef(h);
+  if (!host) runtime = Py_NewRef(r), host = Py_NewRef(h);
   return true;
 }
 }

@@ -60,12 +60,14 @@ def _obstacle() -> str:
     if torch.version.hip or not torch.cuda.is_available():
         return "torch has no CUDA device here"
     import triton
+    from triton import knobs
 
     from .rectify import rectify
 
     if not isinstance(rectify, triton.JITFunction):
         return "TRITON_INTERPRET is set"
-    if not _function("fused_rect_direct_cuda", ctypes.c_int, ctypes.py_object)(Host()):
+    offer = _function("fused_rect_direct_cuda", ctypes.c_int, ctypes.py_object, ctypes.py_object)
+    if not offer(Host(), knobs.runtime):
         return "libcuda.so.1 is not to be found"
     return ""
 
@@ -139,13 +141,6 @@ class Host:
         if current.stream_id != number:
             raise RuntimeError(f"the current stream of device {device} is {current}, and not number {number}")
         return int(current.cuda_stream)
-
-    @property
-    def runtime(self) -> Any:
-        """Where hooks are."""
-        from triton import knobs
-
-        return knobs.runtime
 
 
 _kept: set[Any] = set()  # whose handles C++ has: a compiled kernel unloads its module when it goes

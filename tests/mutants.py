@@ -373,7 +373,12 @@ MUTANTS = [
     Mutant(DIRECT, "a tangent overlooked", " && !t._fw_grad(0).defined();", ";"),
     # The rest needs softcuda on PYTHONPATH: without it the tests of CUDA tensors are skipped, and these survive.
     Mutant(DIRECT, "plans of another layout", "{like.sizes(), like.strides()}", "{like.sizes(), like.sizes()}"),
-    Mutant(DIRECT, "plans of other addresses", "bits << 8, aligned, (int64_t)c.type", "bits << 8, 0, (int64_t)c.type"),
+    Mutant(
+        DIRECT,
+        "plans of other addresses",
+        "bits << 8, aligned, (int64_t)c.type",
+        "bits << 8, (int64_t)0, (int64_t)c.type",
+    ),
     Mutant(DIRECT, "plans of other constants", "std::bit_cast<int64_t>(rule.second)})", "(int64_t)0})"),
     Mutant(DIRECT, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"),
     Mutant(DIRECT, "hooks overlooked in forward", "input.is_cuda() && !hooked()", "input.is_cuda()"),

@@ -24,3 +24,4 @@ def test_on_a_soft_device():
     del environment["TRITON_INTERPRET"]
     done = subprocess.run([*command, "-k", CHOSEN], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "launches of 2 kernels" in done.stdout, done.stdout + done.stderr
+    assert "not there:" not in done.stdout, "direct.cpp was not built"
