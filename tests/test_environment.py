@@ -12,7 +12,7 @@ from fused_rect import backends, cli, environment
 def test_json_says_which_path_runs_and_why(capsys):
     assert cli.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["paths"]["cpu"] == backends.why("cpu")
+    assert found["paths"]["cpu"] == backends.why("cpu") and found["calls"]["cpu"] == backends.calls("cpu")
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
     assert found["fused_rect"] == fr.__version__
 

@@ -303,7 +303,7 @@ def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = Fa
     tensors are unusual: a dispatch to the op costs a small rectifier several times its work.
     """
     out: Tensor | None = None
-    if not torch.compiler.is_compiling():
+    if (input.is_cpu or input.is_cuda) and not torch.compiler.is_compiling():
         direct = backends.direct(input.is_cuda)
         if direct is not None:
             out = direct.rectify(input, parameters, rule, numbers(rule), bias_added)
@@ -312,7 +312,7 @@ def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = Fa
 
 def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     """The same for `rectify_`."""
-    if not torch.compiler.is_compiling():
+    if (input.is_cpu or input.is_cuda) and not torch.compiler.is_compiling():
         direct = backends.direct(input.is_cuda)
         if direct is not None and direct.rectify_(input, parameters, rule, numbers(rule), bias_added):
             return

@@ -524,6 +524,33 @@ def test_what_triton_does_not_compile_at_once_is_left_to_it(monkeypatch):
     assert tensors[0].grad is not None
 
 
+def test_other_devices_are_not_asked_about(monkeypatch):
+    """Nor are the CPU's kernels built for them."""
+    monkeypatch.setattr(backends, "direct", lambda on_gpu: pytest.fail("asked"))
+    x = torch.empty(2, 3, device="meta")
+    with fr.backend("auto"):
+        fr.functional.bias_relu_(x)
+        assert fr.functional.bias_relu(x).is_meta
+
+
+def test_why_there_are_no_calls_on_a_gpu(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert direct.why("cuda") == "Python, slower for small tensors: torch has no CUDA device here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "no CUDA device" in direct.why("cuda") and direct.calls("cuda") is None
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton, "JITFunction", str)
+    assert "TRITON_INTERPRET is set" in direct.why("cuda")
+    monkeypatch.setattr(triton, "JITFunction", object)
+    monkeypatch.setattr(direct, "_function", lambda *_: lambda *_: 0)
+    assert "libcuda.so.1 is not to be found" in direct.why("cuda") and direct.calls("cuda") is None
+    with fr.backend("eager"):
+        assert backends.calls("cuda") == "Python: eager serves cuda tensors"
+
+
 def test_a_stream_is_known_by_its_number(monkeypatch):
     from types import SimpleNamespace
 
