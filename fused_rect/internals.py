@@ -6,6 +6,7 @@ Public torch has no word for these. A version of torch that lacks one fails in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,3 +85,14 @@ without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which
 # ---- modules
 
 CALLS = (_module.Module.__call__, _module.Module._call_impl)  # what runs between a call of a module and its forward
+
+
+# ---- Inductor
+
+
+def in_memory(tensor: Tensor, stride: Sequence[Any]) -> Tensor:
+    """The same tensor, which Inductor writes to memory with its dims in the order of ``stride``."""
+    from torch._inductor import inductor_prims
+
+    written: Tensor = inductor_prims.force_stride_order(tensor, stride)
+    return written

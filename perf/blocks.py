@@ -38,6 +38,7 @@ class Block:
     shape: tuple[int, ...] = (2, C, 16, 16)
     chain: bool = False  # of maps and rectifiers alone: what the figures for chains are about
     memory_format: torch.memory_format = torch.preserve_format
+    without: str = ""  # a rectifier that the soft device cannot run in it
     compile: dict[str, Any] = field(default_factory=dict)  # keywords of torch.compile
 
 
@@ -131,7 +132,7 @@ def shared_over_a_sum(parts: Any, act: Any, x: Tensor) -> Tensor:
     return parts[2](act(parts[0](x)) + act(parts[1](x)))  # type: ignore[no-any-return]
 
 
-@block(conv, conv)
+@block(conv, conv, without="rrelu")  # there are no generators whose state a checkpoint could keep
 def checkpointed(parts: Any, act: Any, x: Tensor) -> Any:
     return parts[1](checkpoint(lambda t: act(parts[0](t)), x, use_reentrant=False))
 

@@ -2,24 +2,28 @@
 
 `torch.compile(backend="fused_rect")` and plain `torch.compile`, each step's kernels executed as PTX on a CUDA device
 made of CPU memory (the package softcuda on PYTHONPATH): kernels launched, bytes of distinct 32-byte sectors that they
-read or write, and the peak of live bytes. torch's own convolutions are not counted; they are the same for both. Bytes
-are what the memory would have to move, not time. Exits with 1 where ours moves, launches or holds more.
+read or write, and the peak of live bytes, with and without what convolutions write. What torch's own operations move
+(convolutions, matrix products) is not counted; it is the same for both. Bytes are what the memory would have to move,
+not time. Exits with 1 where ours moves, launches or holds more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
+import importlib
 import importlib.util
 import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +59,7 @@ class Row:
     kernels: tuple[int, int]  # ours, plain
     bytes: tuple[int, int]
     peak: tuple[int, int]
+    beside: tuple[int, int]  # the peak beside what convolutions write
 
     @property
     def ratio(self) -> float:
@@ -65,6 +70,10 @@ class Row:
         return self.peak[0] / max(self.peak[1], 1)
 
     @property
+    def peak_beside(self) -> float:
+        return self.beside[0] / max(self.beside[1], 1)
+
+    @property
     def worse(self) -> list[str]:
         """In what ours is worse, to two decimals of plain's; in a peak by more than bits and sums of tiny tensors."""
         found = {"bytes": self.ratio > 1.005, "peak": self.peak_ratio > 1.005 and self.peak[0] - self.peak[1] > 2048}
@@ -73,7 +82,8 @@ class Row:
     def __str__(self) -> str:
         return (
             f"{self.name:24} {self.rectifier:10} {self.dtype:8} {self.mode:9} {self.fused:2} of {self.rectifiers:2} "
-            f"bytes {self.ratio:.3f}  kernels {self.kernels[0]:3} of {self.kernels[1]:3}  peak {self.peak_ratio:.2f}"
+            f"bytes {self.ratio:.3f}  kernels {self.kernels[0]:3} of {self.kernels[1]:3}  peak {self.peak_ratio:.2f}, "
+            f"beside convolutions {self.peak_beside:.2f}"
             f"{'  MORE ' + ', '.join(self.worse) if self.worse else ''}"
         )
 
@@ -102,14 +112,33 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.requires_grad]
 
 
-def counted(model: nn.Module, x: Tensor, backend: str, training: bool, **keywords: Any) -> Any:
-    """A step's kernels, bytes and peak."""
-    from softcuda.counting import count  # type: ignore[import-not-found]
-
+def counted(model: nn.Module, x: Tensor, backend: str, training: bool, **keywords: Any) -> tuple[Any, int]:
+    """A step's kernels, bytes and peak, and its peak beside what convolutions write."""
+    count: Any = importlib.import_module("softcuda.counting").count  # beside the package, where it is at hand
     torch._dynamo.reset()
     once = step(torch.compile(model, backend=backend, **keywords), x, training)
     once()  # gradients are there from now on: what a step adds is its own
-    return count(once)
+    beside = count(once).peak
+    with convolutions_on_the_device():
+        return count(once), beside
+
+
+@contextlib.contextmanager
+def convolutions_on_the_device() -> Iterator[None]:
+    """Compiled code's convolutions write device memory, which is counted; the soft device's own write the CPU's."""
+    kernels: Any = importlib.import_module("torch._inductor.select_algorithm").extern_kernels
+
+    def there(t: Tensor | None) -> Tensor | None:
+        return t if t is None else torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+    forward, backward = kernels.convolution, torch.ops.aten.convolution_backward.default
+    with (
+        mock.patch.object(kernels, "convolution", lambda *a, **k: there(forward(*a, **k))),
+        mock.patch.object(
+            torch.ops.aten.convolution_backward, "default", lambda *a, **k: tuple(map(there, backward(*a, **k)))
+        ),
+    ):
+        yield
 
 
 def compare(name: str, make: Callable[[], nn.Module], x: Tensor, mode: str, rectifier: str, about: Block) -> Row:
@@ -123,11 +152,11 @@ def compare(name: str, make: Callable[[], nn.Module], x: Tensor, mode: str, rect
 
     with torch.set_grad_enabled(training):
         sites = fused_compile.explain(model(), x)
-    plain = counted(model(), x, PLAIN, training, **about.compile)
-    ours = counted(model(), x, OURS, training, **about.compile) if sites.fused else plain
+    plain, plain_beside = counted(model(), x, PLAIN, training, **about.compile)
+    ours, beside = counted(model(), x, OURS, training, **about.compile) if sites.fused else (plain, plain_beside)
     return Row(
         name, rectifier, str(x.dtype).removeprefix("torch."), mode, len(sites.fused), len(sites), about.chain,
-        (ours.kernels, plain.kernels), (ours.bytes, plain.bytes), (ours.peak, plain.peak),
+        (ours.kernels, plain.kernels), (ours.bytes, plain.bytes), (ours.peak, plain.peak), (beside, plain_beside),
     )  # fmt: skip
 
 
@@ -136,6 +165,8 @@ def rows(names: Iterable[str], rectifiers: Iterable[str], dtypes: Iterable[str],
         about = BLOCKS.get(name) or _of_others(MODELS[name])
         x = torch.randn(about.shape, device="cuda", dtype=getattr(torch, dtype)).to(memory_format=about.memory_format)
         for rectifier in rectifiers if name in BLOCKS else ["its own"]:
+            if rectifier == about.without:
+                continue
             act = RECTIFIERS.get(rectifier, nn.Identity)
             yield compare(name, functools.partial(_built, about, act), x, mode, rectifier, about)
 
@@ -151,7 +182,7 @@ def _built(about: Block, rectifier: Callable[[], nn.Module]) -> nn.Module:
 def load(path: Path = RESULTS) -> list[Row]:
     """The recorded rows."""
     found: list[dict[str, Any]] = json.loads(path.read_text())
-    return [Row(**row | {key: tuple(row[key]) for key in ("kernels", "bytes", "peak")}) for row in found]
+    return [Row(**row | {key: tuple(row[key]) for key in ("kernels", "bytes", "peak", "beside")}) for row in found]
 
 
 def record(new: list[Row], path: Path = RESULTS) -> None:
@@ -165,14 +196,33 @@ def record(new: list[Row], path: Path = RESULTS) -> None:
     files.replace_text(path, f"[{lines}]\n")
 
 
+def table(rows: list[Row]) -> str:
+    """The training steps of ``rows`` in Markdown: bytes in bfloat16 / float32, kernels in bfloat16, of plain's."""
+    found = {(row.name, row.rectifier, row.dtype): row for row in rows if row.mode == "training"}
+
+    def cell(name: str, rectifier: str) -> str:
+        of = [found.get((name, rectifier, dtype)) for dtype in DTYPES]
+        bytes_ = " / ".join("-" if row is None else f"{row.ratio:.2f}" for row in of)
+        return bytes_ if of[0] is None else f"{bytes_}, {of[0].kernels[0]} of {of[0].kernels[1]}"
+
+    lines = ["| | ReLU | Leaky ReLU | PReLU | RReLU |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | " + " | ".join(cell(name, r) for r in RECTIFIERS) + " |" for name in BLOCKS]
+    models = [f"{name} {cell(name, 'its own')}" for name in MODELS if (name, "its own", DTYPES[0]) in found]
+    return "\n".join(lines) + "\n\nModels of others: " + ";\n".join(models) + ".\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-rect-counting", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join([*BLOCKS, *MODELS])}; default: all")
     parser.add_argument("--rectifier", nargs="+", choices=RECTIFIERS, default=list(RECTIFIERS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--mode", nargs="+", choices=("training", "inference"), default=["training", "inference"])
+    parser.add_argument("--table", action="store_true", help="print what is recorded as the documents' table, and stop")
     parser.add_argument("--record", action="store_true", help=f"write the rows to {RESULTS.name}")
     chosen = parser.parse_args(arguments)
+    if chosen.table:
+        print(table(load()), end="")
+        return 0
     if "softcuda" not in sys.modules:
         return _on_the_soft_device(sys.argv[1:] if arguments is None else arguments)
     found: list[Row] = []

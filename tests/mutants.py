@@ -39,8 +39,8 @@ GPU_CHECK = "fused_rect/perf/gpu_check.py"
 AGREEMENT, LARGE, RUNNING, STEPS, SUITE, TABLES = (
     f"fused_rect/perf/gpu/{name}.py" for name in ("agreement", "large", "running", "steps", "suite", "report")
 )
-SITES, PLACEMENT, REWRITE, CALLS = (
-    f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls")
+SITES, PLACEMENT, REWRITE, CALLS, INLINE = (
+    f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls", "inline")
 )
 FUSING, WAITING, HOLDERS, TWINS = (
     f"fused_rect/fusion/{name}.py" for name in ("__init__", "waiting", "holders", "twins")
@@ -77,6 +77,7 @@ FOCUSED = {
     **{file: ["tests/gpu/test_gpu_steps.py"] for file in (AGREEMENT, LARGE, STEPS, SUITE)},
     **{file: ["tests/gpu/test_gpu_check.py"] for file in (GPU_CHECK, RUNNING, TABLES)},
     PLACEMENT: ["tests/compile/test_moves.py"],
+    INLINE: ["tests/compile/test_inline.py"],
     **dict.fromkeys((SITES, REWRITE, CALLS), COMPILED),
     STATISTICS: ["tests/study/test_study_report.py"],
     TRAINING: ["tests/study/test_study_training.py"],
@@ -97,8 +98,12 @@ MUTANTS = [
     Mutant(SITES, "modes overlooked", "if modes[source] != modes[node]:", "if modes[source][1] != modes[node][1]:"),
     Mutant(SITES, "another dtype overlooked", "if before.dtype != after.dtype:", "if before.dim() != after.dim():"),
     Mutant(SITES, "a second reader", "if len(source.users) > 1:", "if len(source.users) > 2:"),
-    Mutant(PLACEMENT, "readers that fuse cost nothing", "s + s * a.fusing)", "s)"),
+    Mutant(PLACEMENT, "readers that fuse cost nothing", "s + s * a.fusing + kept", "s + kept"),
     Mutant(PLACEMENT, "gradients are always there", "(0 if a.ready else 2 * s)", "0"),
+    Mutant(PLACEMENT, "launches cost nothing", "more * LAUNCH:", "0:"),
+    Mutant(PLACEMENT, "a gradient read again is free", "s * (a.stages == 2)", "0"),
+    Mutant(INLINE, "bits in another order", "reverse=True)", "reverse=False)"),
+    Mutant(INLINE, "PReLU's bias left out", "y + _along(bias, y)", "y"),
     Mutant(REWRITE, "one seed for all sites", "self.used[device] += 1", "self.used[device] = 1"),
     Mutant(
         REWRITE, "every gradient is our own", "return len(value.users) == 1 and all", "return bool(value.users) or all"

@@ -16,15 +16,12 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from .. import backends
 from ..rules import RULES
 from . import layouts
+from .options import asked
 from .rewrite import ALL, How, Site, rewrite
 
 __all__ = ["ALL", "How", "Report", "Site", "backend", "explain", "inductor_pass", "rewrite_graph_module"]
-
-_VERSION = "fused_rect-rewrite-2"
-_SITES = "fused_rect.sites"
 
 
 def backend(
@@ -37,7 +34,7 @@ def backend(
     """The Dynamo backend. ``mode`` and ``options`` are `torch.compile`'s."""
     from torch._inductor.compile_fx import compile_fx
 
-    how, patches = _how(mode, options)
+    how, patches = asked(mode, options)
     layouts.let_inductor_choose()
     sites = rewrite_graph_module(gm, how, patches)
     fused = [site for site in sites if site.fused]
@@ -47,23 +44,6 @@ def backend(
         patches.setdefault("layout_optimization", False)
     compiled = cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
     return _refusing_double_backward(compiled) if torch.is_grad_enabled() else compiled
-
-
-def _how(mode: str | None, options: dict[str, Any] | None) -> tuple[How, dict[str, Any]]:
-    """What is asked of the rewrite, and what of Inductor."""
-    from torch._inductor import config, list_mode_options
-
-    options = dict(options or {})
-    sites = options.pop(_SITES, "auto")
-    if sites not in ("auto", "all"):
-        raise ValueError(f"option {_SITES!r} must be 'auto' or 'all', got {sites!r}")
-    patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
-
-    def asked(name: str) -> bool:
-        return bool(patches.get(name, getattr(config, name)))
-
-    templates = asked("max_autotune") or asked("max_autotune_gemm")
-    return How(sites == "all", templates, asked("fallback_random")), patches
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -115,29 +95,12 @@ def rewrite_graph_module(gm: fx.GraphModule, how: How, patches: dict[str, Any] |
 
 
 def __getattr__(name: str) -> Any:
-    """`inductor_pass` is made at first use: its base class lives in Inductor, which takes seconds to import."""
+    """`inductor_pass` lives in a module of its own: its base class is Inductor's, which takes seconds to import."""
     if name != "inductor_pass":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from .graph_pass import inductor_pass
 
-    class FuseRectifiers(CustomGraphPass):
-        """For `torch._inductor.config.pre_grad_custom_pass`."""
-
-        def __call__(self, graph: fx.Graph) -> None:
-            from torch._inductor import config
-
-            how, _ = _how(None, None)
-            asked = {"layout_optimization": config.layout_optimization}
-            rewrite(graph, how, channels_last=layouts.channels_last([graph], asked))
-
-        def uuid(self) -> str:
-            # Part of Inductor's cache key: a cached graph compiled without the pass must not be served.
-            return f"{_VERSION}-{backends.name('cpu')}"
-
-    layouts.let_inductor_choose()
-    made = FuseRectifiers()
-    globals()["inductor_pass"] = made
-    return made
+    return inductor_pass
 
 
 class Report(list[Site]):
@@ -145,7 +108,7 @@ class Report(list[Site]):
 
     @property
     def fused(self) -> list[Site]:
-        """Those whose forward or backward is a fused op."""
+        """Those whose forward or backward is not Inductor's own."""
         return [site for site in self if site.fused]
 
     def __str__(self) -> str:
@@ -177,7 +140,7 @@ def explain(
 
     Traces the model as torch.compile would and runs it once, uncompiled. mode, options: those of torch.compile.
     """
-    how, patches = _how(mode, options)
+    how, patches = asked(mode, options)
     report = Report()
 
     def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .. import functional, ops, rules
 from ..ops.checks import dense_stride
-from ..rules import Parameters, Rule
+from ..rules import Need, Parameters, Rule
+from . import inline
 from .in_place import rectify_backward_
+from .placement import FORWARD, INLINE, OURS
 from .sites import RANKS
 
 FUNCTIONS = {name: getattr(F, name) for name in RANKS}
@@ -34,13 +36,15 @@ def behind_map(
     rectifier: str,
     own: dict[str, Any],
     seed: Tensor | None,
-    inline: bool,
+    place: str,
     fresh: bool,
+    along: bool,
     channels_last: bool,
 ) -> Tensor:
     """`linear_map(*arguments, **named)`, rectified. own: the rectifier's arguments.
 
-    inline: forward in torch's operations. fresh: nobody else will read the output's gradient.
+    place: one of :mod:`.placement`. fresh: nobody else will read the output's gradient.
+    along: it is made in the order of the output.
     channels_last: the map's output will lie so in memory, whatever it looks like while it is traced.
     """
     rank = RANKS[linear_map]
@@ -51,7 +55,7 @@ def behind_map(
         z = torch.ops.aten._unsafe_view(z.contiguous() if rank == 0 else z, batched)
     parameters = Parameters(bias, own.get("weight"), seed)
     last = channels_last and z.dim() == 4
-    out = _rectified(z, parameters, rule(rectifier, own), added, inline, fresh, in_place=True, channels_last=last)
+    out = _rectified(z, parameters, rule(rectifier, own), added, place, fresh, along, in_place=True, channels_last=last)
     return out if len(batched) == len(shape) else out.view(shape)
 
 
@@ -67,14 +71,15 @@ def bare(
     rectifier: str,
     own: dict[str, Any],
     seed: Tensor | None,
-    inline: bool,
+    place: str,
     fresh: bool,
+    along: bool,
     in_place: bool,
 ) -> Tensor:
     """`input`, rectified."""
     parameters = Parameters(None, own.get("weight"), seed)
     return _rectified(
-        input, parameters, rule(rectifier, own), False, inline, fresh, in_place=in_place, channels_last=False
+        input, parameters, rule(rectifier, own), False, place, fresh, along, in_place=in_place, channels_last=False
     )
 
 
@@ -83,8 +88,9 @@ def _rectified(
     parameters: Parameters,
     rule: Rule,
     bias_added: bool,
-    inline: bool,
+    place: str,
     fresh: bool,
+    along: bool,
     in_place: bool,
     channels_last: bool,
 ) -> Tensor:
@@ -95,7 +101,7 @@ def _rectified(
         return z
     stride = _channels_last(z.shape) if channels_last else None
     apply: Any = _Rectify.apply
-    out: Tensor = apply(z, *parameters, rule, bias_added, inline, fresh, in_place, stride)
+    out: Tensor = apply(z, *parameters, rule, bias_added, place, fresh, along, in_place, stride)
     return out
 
 
@@ -107,8 +113,8 @@ def _channels_last(shape: Sequence[Any]) -> tuple[Any, ...]:
 class _Rectify(torch.autograd.Function):
     """The op for compiled graphs: first derivatives, of tensors of the compiler's own.
 
-    Beside that of :mod:`fused_rect.ops`, forward may be inline, and ``stride`` is the layout that the compiler will
-    have chosen, while tensors that are traced still have the one that they have in eager mode.
+    Beside that of :mod:`fused_rect.ops`, each direction may be inline, and ``stride`` is the layout that the compiler
+    will have chosen, while tensors that are traced still have the one that they have in eager mode.
     """
 
     @staticmethod
@@ -120,17 +126,20 @@ class _Rectify(torch.autograd.Function):
         seed: Tensor | None,
         rule: Rule,
         bias_added: bool,
-        inline: bool,
+        place: str,
         fresh: bool,
+        along: bool,
         in_place: bool,
         stride: Sequence[int] | None,
     ) -> Tensor:
-        ctx.rule, ctx.bias_dtype, ctx.fresh = rule, None if bias is None else bias.dtype, fresh
+        ctx.rule, ctx.bias_dtype, ctx.place = rule, None if bias is None else bias.dtype, place
+        ctx.fresh, ctx.along = fresh, along
         given = ops.flat(Parameters(bias, weight, seed), rule)
         if rule.keeps_input:
             ctx.stride = None
-            ctx.save_for_backward(z, None if bias_added else bias, weight, seed)
-            return _inline(z, None if bias_added else bias, weight) if inline else ops.rectify(z, *given, bias_added)
+            to_add = None if bias_added else bias
+            ctx.save_for_backward(z, to_add, weight, seed)
+            return ops.rectify(z, *given, bias_added) if place == OURS else inline.forward(z, to_add, weight)
         ctx.stride = stride or dense_stride(z)
         if in_place:
             bits = ops.rectify_bits_(z, *given, bias_added, ctx.stride)
@@ -144,26 +153,42 @@ class _Rectify(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, bias, weight, seed = ctx.saved_tensors
         _, need_bias, need_weight = ctx.needs_input_grad[:3]
-        given = ops.flat(Parameters(bias, weight, seed), ctx.rule)
-        wanted = ctx.bias_dtype if need_bias else None, need_weight, ctx.stride
+        parameters, dtype = Parameters(bias, weight, seed), ctx.bias_dtype if need_bias else None
+        if ctx.place in (FORWARD, INLINE):
+            return *inline.backward(
+                grad, kept, parameters, ctx.rule, Need(dtype, need_weight), ctx.stride, ctx.along
+            ), *[None] * 8
+        wanted = *ops.flat(parameters, ctx.rule), dtype, need_weight, ctx.stride
         if ctx.fresh:
-            of_bias, of_weight = rectify_backward_(grad, kept, *given, *wanted)
+            of_bias, of_weight = rectify_backward_(grad, kept, *wanted)
         else:
-            grad, of_bias, of_weight = ops.rectify_backward(grad, kept, *given, *wanted)
-        return grad, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 7
+            grad, of_bias, of_weight = ops.rectify_backward(grad, kept, *wanted)
+        return grad, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 8
 
 
-def _inline(z: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
-    """PReLU in torch's operations, in the precision in which the op computes it."""
-    assert weight is not None
-    along = (-1, *[1] * (z.dim() - 2)) if z.dim() > 1 else (-1,)
-    y = z if bias is None else z + bias.view(along)
-    return torch.where(y > 0, y, y * weight.view(along)).to(z.dtype)
+_lib = torch.library.Library("fused_rect", "FRAGMENT")
+_lib.define("seeds(int count, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def _seeds(count: int, device: torch.device) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (count, 2), dtype=torch.int64, device=device)
+
+
+def _fake_seeds(count: int, device: torch.device) -> Tensor:
+    return torch.empty((count, 2), dtype=torch.int64, device=device)
+
+
+_lib.impl("seeds", _seeds, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_rect::seeds", _fake_seeds, lib=_lib)
 
 
 def new_seeds(count: int, device: torch.device) -> Tensor:
-    """``count`` seeds as one draw, 16 bytes apart: kernels are compiled anew for a pointer of another alignment."""
-    return torch.randint(-(2**63), 2**63 - 1, (count, 2), dtype=torch.int64, device=device)
+    """``count`` seeds as one draw, 16 bytes apart: kernels are compiled anew for a pointer of another alignment.
+
+    An op, so that it is one launch: what Inductor makes of `randint` draws a seed, and then from that.
+    """
+    seeds: Tensor = torch.ops.fused_rect.seeds(count, device=device)
+    return seeds
 
 
 def seed_of(seeds: Tensor, index: int) -> Tensor:

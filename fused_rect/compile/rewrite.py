@@ -17,7 +17,7 @@ from .. import backends, functional
 from ..random import new_seed
 from ..rules import RULES
 from . import calls
-from .placement import BACKWARD, INDUCTOR, OURS, Around, Choice, in_training
+from .placement import INDUCTOR, OURS, Around, Choice, in_training
 from .sites import MAPS, RANKS, Found, find
 
 
@@ -42,14 +42,14 @@ class Site:
     place: str
     reason: str
     elements: int | None = None  # None where the shape is dynamic
-    ours: float | None = (
-        None  # bytes an element in a training step with an op of ours, by :func:`.placement.traffic` ...
-    )
-    inductor: float | None = None  # ... and under plain Inductor; None where bytes did not decide
+    # Bytes an element in a training step with an op of ours and under plain Inductor, by :func:`.placement.traffic`;
+    # None where bytes did not decide.
+    ours: float | None = None
+    inductor: float | None = None
 
     @property
     def fused(self) -> bool:
-        """Whether forward or backward is an op of ours."""
+        """Whether forward or backward is not Inductor's own."""
         return self.place != INDUCTOR
 
     @property
@@ -82,7 +82,7 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
     for found, choice in chosen:
         sites.append(_site(found, choice))
         if choice.place != INDUCTOR:
-            _replace(graph, found, choice.place == BACKWARD, seeds, last)
+            _replace(graph, found, choice.place, seeds, last)
     return sites
 
 
@@ -151,9 +151,26 @@ def _around(found: Found, channels_last: bool) -> Around:
         len(found.node.users) - opaque,
         _gradient_is_ready(found.node, relaid),
         found.map_node is not None or found.source.op == "placeholder",
+        _bias(found) is not None,
+        _stages(found, relaid),
         _elements(value),
         next((_name(user) for user in found.node.users if not _is_opaque(user, found.node, relaid)), ""),
+        value.device.type != "cpu",
     )
+
+
+def _stages(found: Found, relaid: bool) -> int:
+    """Kernels in which Inductor sums the gradient of the map's bias, but the one that makes it if that sums too.
+
+    By its reduction_split_factor; of channels that are neighbours in memory it sums nothing on the way.
+    """
+    bias, elements = _bias(found), _elements(_value(found.node))
+    if bias is None or elements is None:
+        return 0
+    each = elements // _value(bias).numel()
+    if RANKS[found.linear_map] and not relaid and _value(found.node).is_contiguous():
+        return int(each > 8192)
+    return 2 if each > 128 else 0
 
 
 def _elements(value: torch.Tensor) -> int | None:
@@ -189,16 +206,31 @@ def _gradient_is_ready(value: fx.Node, relaid: bool) -> bool:
     return part and _value(user).shape == _value(value).shape and _gradient_is_ready(user, relaid)
 
 
+def _gradient_is_along(value: fx.Node) -> bool:
+    """Whether no reader's gradient has its elements in another order: pooled, shuffled, sliced."""
+
+    def keeps_shape(user: fx.Node) -> bool:
+        of = user.meta.get("example_value")
+        return user.op == "output" or (isinstance(of, torch.Tensor) and of.shape == _value(value).shape)
+
+    return all(_is_opaque(user, value, relaid=False) or keeps_shape(user) for user in value.users)
+
+
 def _is_fresh(value: fx.Node) -> bool:
     """Whether the gradient of ``value`` is the result of one convolution's or matrix product's backward, read by us."""
     return len(value.users) == 1 and all(_is_opaque(user, value, relaid=True) for user in value.users)
 
 
-def _adds_bias(found: Found, value: torch.Tensor) -> bool:
-    if found.map_node is None or functional.map_adds_bias(RANKS[found.linear_map], value.device):
-        return False
+def _bias(found: Found) -> Any:
+    """The bias of the map before the rectifier, if there are both."""
+    if found.map_node is None:
+        return None
     args, kwargs = found.map_node.args, found.map_node.kwargs
-    return (args[2] if len(args) > 2 else kwargs.get("bias")) is not None
+    return args[2] if len(args) > 2 else kwargs.get("bias")
+
+
+def _adds_bias(found: Found, value: torch.Tensor) -> bool:
+    return _bias(found) is not None and not functional.map_adds_bias(RANKS[found.linear_map], value.device)
 
 
 def _site(found: Found, choice: Choice) -> Site:
@@ -242,11 +274,12 @@ def _kept(seed: fx.Node) -> fx.Node:
     return seed
 
 
-def _replace(graph: fx.Graph, found: Found, inline: bool, seeds: _Seeds, channels_last: bool) -> None:
-    place = found.map_node or found.node
-    with graph.inserting_before(place):
+def _replace(graph: fx.Graph, found: Found, place: str, seeds: _Seeds, channels_last: bool) -> None:
+    where = found.map_node or found.node
+    with graph.inserting_before(where):
         seed = seeds.next(found) if _is_random(found) else None
-        own = (found.rectifier, found.arguments, seed, inline, _is_fresh(found.node))
+        gradient = _is_fresh(found.node), _gradient_is_along(found.node)
+        own = (found.rectifier, found.arguments, seed, place, *gradient)
         if found.map_node is not None:
             call = (found.linear_map, found.map_node.args, dict(found.map_node.kwargs), *own, channels_last)
             new = graph.call_function(calls.behind_map, call)

@@ -241,9 +241,9 @@ def test_sites_that_inductor_runs_as_fast_are_left_to_it(monkeypatch):
         assert "no gradient is wanted" in sites(rectifier, training=False).reason
     assert sites(nn.ReLU()).fused and sites(nn.LeakyReLU()).fused
     assert "PReLU is as fast" in sites(nn.PReLU()).reason
-    monkeypatch.setattr(fused_compile.backends, "name", lambda device: "eager")
+    monkeypatch.setattr(fused_rect.backends, "name", lambda device: "eager")
     assert "no native CPU path" in sites(nn.RReLU()).reason
-    monkeypatch.setattr(fused_compile.backends, "name", lambda device: "native")
+    monkeypatch.setattr(fused_rect.backends, "name", lambda device: "native")
     assert sites(nn.RReLU()).fused
 
 
@@ -387,3 +387,19 @@ def test_a_compiled_model_survives_a_copy():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU())
     x = torch.randn(1, 3, 4, 4)
     torch.testing.assert_close(compiled(copy.deepcopy(model), options=ALL)(x), model(x))
+
+
+def test_looking_at_the_inductor_pass_changes_nothing():
+    program = """
+import fused_rect.compile as c
+from torch._inductor import config, lowering
+
+def state():
+    return set(lowering.lowerings), set(lowering.fallbacks), config.save_config_portable()
+
+before = state()
+assert c.inductor_pass is c.inductor_pass and hasattr(c, "inductor_pass")
+assert before == state()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
