@@ -6,6 +6,8 @@ Public torch has no word for these. A version of torch that lacks one fails in t
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +75,24 @@ suggested_memory_format = _prims_common.suggest_memory_format
 
 # ---- threads: objects that autograd's device threads see as the thread does that called backward
 
-stash_in_thread = torch._C._stash_obj_in_tls
+
+def _takes_a_reference() -> bool:
+    """torch 2.9 drops a reference to what is stashed, when something else takes its place, that it never took."""
+    token = object()
+    before = sys.getrefcount(token)
+    torch._C._stash_obj_in_tls("fused_rect_probe", token)
+    taken = sys.getrefcount(token) > before
+    if not taken:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(token))
+    return taken
+
+
+def _stash_with_a_reference(key: str, value: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
+
+
+stash_in_thread = torch._C._stash_obj_in_tls if _takes_a_reference() else _stash_with_a_reference
 is_in_thread = torch._C._is_key_in_tls
 get_in_thread = torch._C._get_obj_in_tls
 

@@ -1,6 +1,7 @@
 """What the package takes from torch's private side is there, means what it is used for, and stands in one file."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -97,3 +98,13 @@ def test_wrappers_are_told_from_tensors_with_memory_of_their_own():
 
     assert internals.is_wrapper(TwoTensor(torch.ones(2), torch.ones(2)))
     assert not internals.is_wrapper(torch.ones(2)) and not internals.is_wrapper(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_what_is_stashed_for_a_thread_is_as_referenced_as_before():
+    value = object()
+    before = sys.getrefcount(value)
+    for _ in range(20):
+        internals.stash_in_thread("fused_rect_test", value)
+    assert internals.get_in_thread("fused_rect_test") is value
+    internals.stash_in_thread("fused_rect_test", None)
+    assert sys.getrefcount(value) == before
