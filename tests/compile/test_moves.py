@@ -42,7 +42,8 @@ def test_a_constant_slope_is_ours_where_convolutions_alone_read_it(rectifier):
     assert place(rectifier=rectifier, bias=False, summed=False) == FORWARD
     assert place(rectifier=rectifier, opaque=2, ready=False) == FORWARD  # their gradients are added on the way
     for opaque, fusing in ((1, 1), (0, 1)):
-        assert place(rectifier=rectifier, opaque=opaque, fusing=fusing, ready=False) == INDUCTOR
+        around = {"rectifier": rectifier, "opaque": opaque, "fusing": fusing, "ready": False}
+        assert place(**around) == place(**around, elements=100_000_000) == INDUCTOR
     assert place(rectifier=rectifier, opaque=0, fusing=1) == INDUCTOR  # a sum behind it
     assert place(rectifier=rectifier, made=False) == INDUCTOR
 
