@@ -4,6 +4,7 @@ A run that sets FUSED_RECT_BACKEND tests that implementation alone, on whatever 
 """
 
 import os
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ if FORCED != "triton":
     # Before anything imports a kernel: @triton.jit reads it when it decorates.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import soft_device
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -25,6 +27,9 @@ SHRINKLESS = [phase for phase in Phase if phase not in (Phase.shrink, Phase.expl
 settings.register_profile("without_shrinking", settings.get_profile("fused_rect"), phases=SHRINKLESS)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+if "softcuda" in sys.modules:
+    soft_device.mend()
 
 PATHS = (FORCED,) if FORCED else ("eager", "native", "triton")
 

@@ -266,6 +266,7 @@ def soft(tmp_path):
     lacking = ("pip", "spandrel", "selenium", "expecttest", "mypy", "ruff")  # which a machine with a GPU need not have
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\nimport softcuda\nsoftcuda.install(90)\n"
+        f"sys.path.append({str(ROOT / 'tests')!r})\nimport soft_device\nsoft_device.mend()\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_RECT_BACKEND")}
     environment |= {
