@@ -262,7 +262,7 @@ def test_the_hosts_times_are_told_in_microseconds():
 def soft(tmp_path):
     """The command on the soft device, all its processes too; how many kernels are compiled then, by their names."""
     if not (folder := soft_device()):
-        pytest.skip("the CUDA device made of CPU memory (softcuda) is not at hand")
+        pytest.skip("softcuda, a CUDA device made of CPU memory, is not on PYTHONPATH")
     lacking = ("pip", "spandrel", "selenium", "expecttest", "mypy", "ruff")  # which a machine with a GPU need not have
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\nimport softcuda\nsoftcuda.install(90)\n"
@@ -287,9 +287,8 @@ def soft(tmp_path):
 
 
 def soft_device():
-    """The folder that holds softcuda, beside the checkout or on the path, or None."""
-    places = [str(ROOT.parent / "shared"), *sys.path]
-    return next((place for place in places if os.path.isdir(os.path.join(place, "softcuda"))), None)
+    """The folder on the path that holds softcuda, or None."""
+    return next((place for place in sys.path if os.path.isdir(os.path.join(place, "softcuda"))), None)
 
 
 def test_on_the_soft_device_what_is_prepared_is_not_compiled_again(soft):

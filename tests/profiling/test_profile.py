@@ -180,7 +180,7 @@ def test_kept_bytes_count_what_eager_and_fused_keep(rectifier, tensors):
 def test_the_files_hold_the_same_records(tmp_path, capsys):
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "html")}
     options = [part for kind, path in files.items() for part in (f"--{kind}", path)]
-    assert profile("--shape", "2,3,8,8", "--rectifier", "prelu", *TINY, *options) == 0
+    assert profile("--shape", "2,3,64,64", "--rectifier", "prelu", *TINY, *options) == 0
     printed = capsys.readouterr().out
     loaded = records.load(files["json"])
     words = loaded.select_dtypes(exclude="number").columns
@@ -189,7 +189,7 @@ def test_the_files_hold_the_same_records(tmp_path, capsys):
     timed = loaded[loaded.absent == ""]
     assert set(timed[timed.part == "layer"].peer) == {peers.FUSED, peers.EAGER, peers.CONVOLUTION, peers.COPY}
     assert (timed.seconds > 0).all() and (timed.seconds_low <= timed.seconds).all()
-    assert set(timed[timed.part == "layer"].kept_bytes) >= {2 * 4 * 2 * 3 * 8 * 8}
+    assert set(timed[timed.part == "layer"].kept_bytes) >= {2 * 4 * 2 * 3 * 64 * 64}
     for word in ("prelu", "GB/s", "no PReLU in place", "not installed", "add --compile", "One process"):
         assert word in " ".join(printed.split())
     assert "prelu" in files["html"].read_text()
@@ -219,9 +219,9 @@ def with_input():
 if os.environ.get("SLOWED"):
     from fused_rect import backends
     direct = backends.direct
-    def slowed():
+    def slowed(*arguments):
         time.sleep(1e-2)
-        return direct()
+        return direct(*arguments)
     backends.direct = slowed
 """
 
@@ -235,7 +235,7 @@ def model(tmp_path):
 
 def test_a_users_model_and_a_slowed_kernel_that_compare_catches(model, tmp_path, monkeypatch, capsys):
     old = tmp_path / "old.json"
-    options = ["--model", f"{model}:net", "--shape", "1,3,8,8", "--processes", "1", "--rounds", "7", "--threads", "1"]
+    options = ["--model", f"{model}:net", "--shape", "1,3,64,64", "--processes", "1", "--rounds", "7", "--threads", "1"]
     assert profile(*options, "--json", old) == 0
     loaded = records.load(old)
     of = lambda peer: records.one(loaded[loaded.part == "model"], peer)  # noqa: E731
