@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..internals import DeviceContext
+from ..reference import computed_in
 from ..rules import Need, Rule
 from .cpu import build
 
@@ -120,7 +121,7 @@ class Host:
         bias, weight = pointer(3, TYPES[bias_type]), pointer(4, TYPES[weight_type])
         call = launch.rectify_call(tuple(shape), tuple(stride), dtype, rule, bias is not None, weights, need)
         outputs = launch.outputs(dtype, need)
-        compute = new(launch.computed_in(dtype)) if outputs else None
+        compute = new(computed_in(dtype)) if outputs else None
         tensors = (
             pointer(0, dtype), pointer(1, dtype), pointer(2, dtype) or new(dtype), new(torch.uint8) if bits else None,
             bias, weight, pointer(5, torch.int64), compute,
@@ -129,7 +130,7 @@ class Host:
             launches = [_numbers(call.launchable(tensors), POINTERS[:8])]
             if outputs:
                 first, second = (*map(new, outputs), None)[:2]
-                finish = launch.finish_call(call.plan, len(outputs), launch.computed_in(dtype))
+                finish = launch.finish_call(call.plan, len(outputs), computed_in(dtype))
                 launches.append(_numbers(finish.launchable((compute, first, second)), POINTERS[7:]))
         if None in launches or compiled.hooked():
             return None

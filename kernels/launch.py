@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
+from ..reference import computed_in
 from ..rules import Need, Parameters, Rule
 from . import reduce
 from .compiled import Launchable, launchable
@@ -184,10 +185,6 @@ def _options() -> dict[str, Any]:
     wavefront = torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
     # Contracted products would no longer equal eager's bit for bit.
     return {"num_warps": THREADS // wavefront, "enable_fp_fusion": False}
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _triton_type(dtype: torch.dtype) -> Any:

@@ -17,8 +17,9 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
+from ..reference import computed_in
 from ..rules import Need, Rule
-from .launch import Call, finish_call, rectify_call
+from .launch import Call, finish_call, outputs, rectify_call
 from .plan import Plan
 from .rectify import rectify
 
@@ -79,8 +80,7 @@ def training_step(
     kept = torch.uint8 if bits else None
     forward = {"x": dtype, "grad": None, "out": dtype, "bits": kept, "bias": dtype if bias else None, "partials": None}
     found = [_variant("forward", rectify_call(*like, rule, bias, weights, Need()), {**forward, **parameters})]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    outputs = [output for output in (need.bias, compute if need.weight else None) if output is not None]
+    compute, summed = computed_in(dtype), outputs(dtype, need)
     added = bias and not bits
     backward = {
         "x": None if bits else dtype,
@@ -88,13 +88,13 @@ def training_step(
         "out": dtype,
         "bits": kept,
         "bias": dtype if added else None,
-        "partials": compute if outputs else None,
+        "partials": compute if summed else None,
     }
     call = rectify_call(*like, rule, added, weights, need)
     found.append(_variant("backward", call, {**backward, **parameters}))
-    if outputs:
-        pointers = {"partials": compute, "first": outputs[0], "second": outputs[1] if len(outputs) == 2 else None}
-        found.append(_variant("finish", finish_call(call.plan, len(outputs), compute), pointers))
+    if summed:
+        pointers = {"partials": compute, "first": summed[0], "second": summed[1] if len(summed) == 2 else None}
+        found.append(_variant("finish", finish_call(call.plan, len(summed), compute), pointers))
     return found
 
 

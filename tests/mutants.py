@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(PLACEMENT, "launches cost nothing", "more * LAUNCH:", "0:"),
     Mutant(PLACEMENT, "a gradient read again is free", "s * (a.stages == 2)", "0"),
     Mutant(INLINE, "bits in another order", "reverse=True)", "reverse=False)"),
-    Mutant(INLINE, "PReLU's bias left out", "y + _along(bias, y)", "y"),
+    Mutant(INLINE, "PReLU's bias left out", "y = add_bias(z, bias)", "y = add_bias(z, None)"),
     Mutant(REWRITE, "one seed for all sites", "self.used[device] += 1", "self.used[device] = 1"),
     Mutant(
         REWRITE, "every gradient is our own", "return len(value.users) == 1 and all", "return bool(value.users) or all"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from ..ops.checks import check_kept, dense, laid_out_as, one_after_the_other
-from ..rules import Need, Parameters, Rule
+from .. import ops
+from ..ops.checks import check_kept, dense, laid_out_as
+from ..rules import Parameters, Rule
 
 _lib = torch.library.Library("fused_rect", "FRAGMENT")
 _lib.define(
@@ -35,17 +33,10 @@ def _run(
     if kept.dtype != torch.uint8:
         kept = dense(kept, stride)
         given = laid_out_as(grad, kept.stride())
-    bias, weight, seed = parameters
-    if not grad.numel():
-        return _sums(grad, weight, bias_dtype, need_weight, torch.zeros)
-    dense_parameters = Parameters(one_after_the_other(bias), one_after_the_other(weight), seed)
-    sums = backends.resolve(grad.device.type).backward(
-        given, kept, dense_parameters, rule, given, Need(bias_dtype, need_weight)
-    )
+    _, *sums = ops.backward_into(given, given, kept, parameters, rule, bias_dtype, need_weight)
     if given is not grad:
         grad.copy_(given)
-    of_bias, of_weight = (grad.new_empty(0) if s is None else s for s in sums)
-    return of_bias, of_weight
+    return sums[0], sums[1]
 
 
 @ops.packed(leading=2)
@@ -58,17 +49,7 @@ def _fake(
     need_weight: bool,
     stride: ops.Stride = None,
 ) -> tuple[Tensor, Tensor]:
-    return _sums(grad, parameters.weight, bias_dtype, need_weight, torch.empty)
-
-
-def _sums(
-    grad: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, need_weight: bool, new: Any
-) -> tuple[Tensor, Tensor]:
-    channels = grad.shape[1] if grad.dim() > 1 else 1
-    of_bias = grad.new_empty(0) if bias_dtype is None else new((channels,), dtype=bias_dtype, device=grad.device)
-    if weight is None or not need_weight:
-        return of_bias, grad.new_empty(0)
-    return of_bias, new(weight.shape, dtype=weight.dtype, device=grad.device)
+    return ops.gradients(grad, parameters.weight, bias_dtype, need_weight, torch.empty)[1:]
 
 
 _lib.impl("rectify_backward_", _run, "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import internals
+from ..reference import add_bias, along_channels, computed_in
 from ..rules import Need, Parameters, Rule
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None]
@@ -20,8 +21,8 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 def forward(z: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """PReLU."""
     assert weight is not None
-    y = _biased(z, bias)
-    return torch.where(y > 0, y, y * _along(weight, y)).to(z.dtype)
+    y = add_bias(z, bias)
+    return torch.where(y > 0, y, y * along_channels(weight, y)).to(z.dtype)
 
 
 def backward(
@@ -60,9 +61,9 @@ def _from_input(grad: Tensor, z: Tensor, parameters: Parameters, need: Need, alo
     """
     bias, weight, _ = parameters
     assert weight is not None
-    y, g = _biased(z, bias), grad.to(_computed_in(grad.dtype))
+    y, g = add_bias(z, bias), grad.to(computed_in(grad.dtype))
     positive = y > 0
-    own = torch.where(positive, g, g * _along(weight, y)).to(grad.dtype)
+    own = torch.where(positive, g, g * along_channels(weight, y)).to(grad.dtype)
     of_weight = None
     if need.weight:
         of_weight = torch.where(positive, 0.0, g * y)
@@ -92,18 +93,4 @@ def unpacked(bits: Tensor, like: Tensor, stride: Sequence[Any]) -> Tensor:
 
 
 def _per_channel(t: Tensor) -> Tensor:
-    return t.to(_computed_in(t.dtype)).sum([dim for dim in range(t.dim()) if dim != 1])
-
-
-def _biased(z: Tensor, bias: Tensor | None) -> Tensor:
-    y = z.to(_computed_in(z.dtype))
-    return y if bias is None else y + _along(bias, y)
-
-
-def _along(parameter: Tensor, y: Tensor) -> Tensor:
-    """A parameter of the channels, or of all, in the dtype and beside the dims of ``y``."""
-    return parameter.to(y.dtype).view(-1, *[1] * (y.dim() - 2)) if y.dim() > 1 else parameter.to(y.dtype)
-
-
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return t.to(computed_in(t.dtype)).sum([dim for dim in range(t.dim()) if dim != 1])

@@ -181,11 +181,23 @@ def _rectify_backward(
     stride: Stride = None,
 ) -> Gradients:
     grad, kept = _laid_out(grad, kept, parameters, rule, stride)
+    return backward_into(torch.empty_like(grad), grad, kept, parameters, rule, bias_dtype, need_weight)
+
+
+def backward_into(
+    grad_input: Tensor,
+    grad: Tensor,
+    kept: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    bias_dtype: torch.dtype | None,
+    need_weight: bool,
+) -> Gradients:
+    """The backend's gradients of dense tensors in one order; ``grad_input`` is written, and may be ``grad``."""
     bias, weight, seed = parameters
-    parameters = Parameters(one_after_the_other(bias), one_after_the_other(weight), seed)
-    grad_input = torch.empty_like(grad)
     if not grad_input.numel():
-        return _gradients(grad_input, weight, bias_dtype, need_weight, torch.zeros)
+        return gradients(grad_input, weight, bias_dtype, need_weight, torch.zeros)
+    parameters = Parameters(one_after_the_other(bias), one_after_the_other(weight), seed)
     grad_bias, grad_weight = backends.resolve(grad.device.type).backward(
         grad, kept, parameters, rule, grad_input, Need(bias_dtype, need_weight)
     )
@@ -205,7 +217,7 @@ def _rectify_backward_fake(
     stride: Stride = None,
 ) -> Gradients:
     grad, _ = _laid_out(grad, kept, parameters, rule, stride)
-    return _gradients(torch.empty_like(grad), parameters.weight, bias_dtype, need_weight, torch.empty)
+    return gradients(torch.empty_like(grad), parameters.weight, bias_dtype, need_weight, torch.empty)
 
 
 def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, stride: Stride) -> tuple[Tensor, Tensor]:
@@ -218,13 +230,14 @@ def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, st
     return laid_out_as(grad, kept.stride()), kept
 
 
-def _gradients(
+def gradients(
     grad_input: Tensor,
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
     need_weight: bool,
     new: Callable[..., Tensor],
 ) -> Gradients:
+    """``grad_input`` and sums that ``new`` makes, empty where they are not wanted."""
     channels, device = grad_input.shape[1] if grad_input.dim() > 1 else 1, grad_input.device
     return (
         grad_input,
