@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fused_rect as fr
 from fused_rect import fusion
+from fused_rect.fusion import holders
 
 
 def jagged():
@@ -222,7 +225,6 @@ def test_outputs_that_somebody_holds(how, training):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("grad", [True, False])
 class Statements(nn.Module):
     def __init__(self):
         super().__init__()
@@ -263,6 +265,78 @@ def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
     with torch.set_grad_enabled(grad):
         model(x)
     assert seen[0] != seen[1]
+
+
+class Held(nn.Module):
+    """So many beside the call hold the output that it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, several, rectifier):
+        self.kept = [self.conv(x)] * several
+        return rectifier(self.kept[0])
+
+
+READING = (nn.ReLU(), nn.PReLU(), F.relu, functools.partial(F.leaky_relu, negative_slope=0.2), torch.relu)
+
+
+def values_are_kept(model, x):
+    for rectifier in READING:
+        for several in range(1, 6):
+            expected = rectifier(F.conv2d(x, model.conv.weight, model.conv.bias))
+            torch.testing.assert_close(model(x, several, rectifier), expected)
+            assert (model.kept[0] < 0).any()
+
+
+def in_compiled_code_of_another_thread(call):
+    """``call()`` while another thread runs what Dynamo compiled; its frame evaluator is that of all threads then."""
+    inside, done = threading.Event(), threading.Event()
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        inside.set()
+        done.wait()
+        return x + 1
+
+    thread = threading.Thread(target=compiled, args=(torch.ones(2),))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        call()
+    finally:
+        done.set()
+        thread.join()
+
+
+def looked_at(call):
+    """``call()`` under a debugger that keeps each frame's variables."""
+
+    def trace(frame, event, argument):
+        assert frame.f_locals is not None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("unusual", [in_compiled_code_of_another_thread, looked_at])
+@pytest.mark.parametrize("measured", ["then", "before"])
+@torch.no_grad()
+def test_what_else_adds_references_lets_nothing_be_written_over(unusual, measured, monkeypatch):
+    """Neither while it does nor afterwards, whenever the references of a call are counted first."""
+    monkeypatch.setattr(holders, "_measured", {})
+    model, x = fr.fuse(Held()), torch.randn(2, 3, 4, 4)
+    if measured == "before":
+        values_are_kept(model, x)
+    unusual(lambda: values_are_kept(model, x))
+    values_are_kept(model, x)
+    test_a_rectifier_that_reads_last_writes_over_the_output(False)
 
 
 class Through(torch.autograd.Function):
