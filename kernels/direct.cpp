@@ -12,7 +12,9 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
 
 #include <bit>
 #include <limits>
@@ -351,98 +353,164 @@ struct Anchored : torch::autograd::Function<Anchored> {
     return out;
   }
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
-    variable_list out{at::zeros_like(ctx->get_saved_variables()[0])};
+    const Tensor anchor = ctx->get_saved_variables()[0];
+    variable_list out{at::zeros({}, anchor.options()).expand(anchor.sizes())};
     out.insert(out.end(), grads.begin(), grads.end());
     return out;
   }
 };
 
-// What a node knows beside its tensors, in one tuple of numbers, which compiled autograd can hash.
-struct Kept {
-  enum { name, lower, upper, slope, first, second, type, bias_type, added, layout };
+// What a node knows beside its tensors.
+struct Record {
+  std::string name;
+  Rule rule;  // but for its name
+  at::ScalarType type;
+  std::optional<at::ScalarType> bias_type;  // where there is a bias,
+  bool added;                               // which the input may hold already
+  c10::SmallVector<int64_t, 10> layout;     // the output's sizes, then its strides
 
-  static c10::IValue of(const Rule &rule, const Tensor &out, const Maybe &bias, bool bias_added) {
-    std::vector<c10::IValue> values;
-    values.reserve(layout + 2 * out.dim());
-    values.emplace_back(std::string(rule.name)), values.emplace_back(rule.lower), values.emplace_back(rule.upper);
-    values.emplace_back(rule.slope), values.emplace_back(rule.first), values.emplace_back(rule.second);
-    values.emplace_back((int64_t)out.scalar_type());
-    values.emplace_back(bias ? (int64_t)bias->scalar_type() : -1), values.emplace_back(bias_added);
-    for (const auto numbers : {out.sizes(), out.strides()})
-      for (const int64_t number : numbers) values.emplace_back(number);
+  at::IntArrayRef sizes() const { return at::IntArrayRef(layout).slice(0, layout.size() / 2); }
+  at::IntArrayRef strides() const { return at::IntArrayRef(layout).slice(layout.size() / 2); }
+
+  // As numbers, which compiled autograd can hash, and back.
+  c10::IValue packed() const {
+    std::vector<c10::IValue> values{
+        name, rule.lower, rule.upper, rule.slope, rule.first, rule.second, (int64_t)type,
+        bias_type ? (int64_t)*bias_type : -1, added};
+    for (const int64_t number : layout) values.emplace_back(number);
     return c10::ivalue::Tuple::create(std::move(values));
   }
+
+  static Record of(const c10::IValue &packed) {
+    const c10::ArrayRef<c10::IValue> v = packed.toTupleRef().elements();
+    Record r{v[0].toStringRef(), {{}, v[1].toDouble(), v[2].toDouble(), v[3].toInt(), v[4].toDouble(), v[5].toDouble()},
+             (at::ScalarType)v[6].toInt(), {}, v[8].toBool(), {}};
+    if (v[7].toInt() >= 0) r.bias_type = (at::ScalarType)v[7].toInt();
+    for (const auto &number : v.slice(9)) r.layout.push_back(number.toInt());
+    return r;
+  }
 };
 
-// ops/autograd.py's _Rectify. Beside the rectified input there may be a second output, by which second derivatives
-// reach this node:
-//   beside bits               nothing, an empty tensor: it brings the zeros that torch's own rectifiers give
+// ops/autograd.py's _Rectify.backward. `saved`: what is kept, and bias, weight and seed. The node has a second output
+// (`of_link` is its gradient) by which second derivatives reach it:
+//   beside bits               `anchor`, of no contents: it brings the zeros that torch's own rectifiers give
 //   where the input is kept   the bias as forward read it, whatever is done to the bias in between; or, where the input
 //                             holds the bias already, that input, whose gradient is the bias's too
-struct Rectify : torch::autograd::Function<Rectify> {
-  static variable_list forward(
-      AutogradContext *ctx, const Tensor &input, const Maybe &bias, const Maybe &weight, const Maybe &seed,
-      const Ready &c, const Rule &rule, bool in_place) {
-    const Tensor out = in_place ? input : at::empty_like(input);
-    const Tensor bits = rule.learned() ? Tensor() : at::empty({(c.n + 7) / 8}, input.options().dtype(at::kByte));
-    ::forward(c, input, out, bits);
-    if (in_place) ctx->mark_dirty({input});
-    ctx->set_materialize_grads(false);
-    const bool added = bias && !c.bias;
-    Tensor kept = bits, link, kept_bias;
-    if (!rule.learned()) link = at::empty({0}, input.options());
-    else if (added) kept = link = at::_unsafe_view(input, input.sizes());
-    else kept = input, link = kept_bias = bias ? bias->clone() : Tensor();
-    const Tensor anchor = rule.learned() ? Tensor() : link;
-    ctx->save_for_backward({kept, kept_bias, weight.value_or(Tensor()), seed.value_or(Tensor()), anchor});
-    ctx->saved_data["call"] = Kept::of(rule, out, bias, added);
-    if (link.defined()) return {out, link};
-    return {out};
+variable_list gradients(
+    const Record &r, const variable_list &saved, const Tensor &given, const Tensor &of_link, bool need_input,
+    bool need_bias, bool need_weight, const Tensor &anchor) {
+  const Tensor &kept = saved[0], &bias = saved[1], &weight = saved[2];
+  Rule rule = r.rule;
+  rule.name = r.name;
+  Need need{{}, need_weight};
+  if (need_bias) need.bias = r.bias_type;
+  Tensor grad = given;
+  if (!grad.defined()) grad = at::empty_strided(r.sizes(), r.strides(), kept.options().dtype(r.type)).zero_();
+  auto [of_input, of_bias, of_weight] = backward(grad, kept, bias, weight, saved[3], rule, need, r.strides());
+  if (anchor.defined()) {
+    const auto joined = Anchored::apply(anchor, at::TensorList{of_input, of_bias, of_weight});
+    of_input = joined[0], of_bias = joined[1], of_weight = joined[2];
   }
+  if (of_link.defined() && rule.learned()) {
+    Tensor of_added = of_link;
+    if (r.added) {
+      std::vector<int64_t> others;
+      for (int64_t d = 0; d < of_link.dim(); d++)
+        if (d != 1) others.push_back(d);
+      of_input = of_input.add(of_link), of_added = of_link.sum(others);
+    }
+    if (need_bias) of_bias = of_bias.add(of_added.to(of_bias.scalar_type()));
+  }
+  return {need_input ? std::move(of_input) : Tensor(), need_bias ? std::move(of_bias) : Tensor(),
+          need_weight ? std::move(of_weight) : Tensor()};
+}
+
+// How compiled autograd calls a Node: by what is in its context.
+struct Compiled {
+  static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext *ctx, const variable_list &grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &kept = saved[0], &bias = saved[1], &weight = saved[2], &anchor = saved[4];
-    const c10::ArrayRef<c10::IValue> k = ctx->saved_data["call"].toTupleRef().elements();
-    const Rule rule{
-        k[Kept::name].toStringView(), k[Kept::lower].toDouble(), k[Kept::upper].toDouble(),
-        k[Kept::slope].toInt(), k[Kept::first].toDouble(), k[Kept::second].toDouble()};
-    c10::SmallVector<int64_t, 10> layout;
-    for (const auto &number : k.slice(Kept::layout)) layout.push_back(number.toInt());
-    const auto sizes = at::IntArrayRef(layout).slice(0, layout.size() / 2);
-    const auto strides = at::IntArrayRef(layout).slice(layout.size() / 2);
-    const bool has_bias = k[Kept::bias_type].toInt() >= 0;
-    // Edges count the tensors that were there.
-    const bool need_bias = has_bias && ctx->needs_input_grad(1);
-    const bool need_weight = weight.defined() && ctx->needs_input_grad(1 + has_bias);
-    Need need{{}, need_weight};
-    if (need_bias) need.bias = (at::ScalarType)k[Kept::bias_type].toInt();
-
-    Tensor grad = grads[0];
-    if (!grad.defined())
-      grad = at::empty_strided(sizes, strides, kept.options().dtype((at::ScalarType)k[Kept::type].toInt())).zero_();
-    auto [of_input, of_bias, of_weight] = ::backward(grad, kept, bias, weight, saved[3], rule, need, strides);
-    if (anchor.defined() && at::GradMode::is_enabled() && anchor.requires_grad()) {
-      const auto joined = Anchored::apply(anchor, at::TensorList{of_input, of_bias, of_weight});
-      of_input = joined[0], of_bias = joined[1], of_weight = joined[2];
-    }
-    const Tensor of_link = grads.size() > 1 ? grads[1] : Tensor();
-    if (of_link.defined() && rule.learned()) {
-      Tensor of_added = of_link;
-      if (k[Kept::added].toBool()) {
-        std::vector<int64_t> others;
-        for (int64_t d = 0; d < of_link.dim(); d++)
-          if (d != 1) others.push_back(d);
-        of_input = of_input.add(of_link), of_added = of_link.sum(others);
-      }
-      if (need_bias) of_bias = of_bias.add(of_added.to(of_bias.scalar_type()));
-    }
-    return {ctx->needs_input_grad(0) ? of_input : Tensor(),
-            need_bias ? of_bias : Tensor(),
-            need_weight ? of_weight : Tensor(),
-            Tensor(), Tensor(), Tensor(), Tensor()};
+    return gradients(
+        Record::of(ctx->saved_data["call"]), ctx->get_saved_variables(), grads[0], grads[1], ctx->needs_input_grad(0),
+        ctx->needs_input_grad(1), ctx->needs_input_grad(2), {});
   }
 };
+
+// The node of autograd, with edges to input, bias and weight. Function::apply would make it too, 6 us slower a step: it
+// packs and describes for compiled autograd what few programs give to it.
+struct Node : torch::autograd::CppNode<Compiled> {
+  Record record;
+
+  variable_list apply(variable_list &&grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto saved = ctx_.get_saved_variables();
+    Tensor anchor;
+    if (!record.rule.learned() && at::GradMode::is_enabled()) {
+      anchor = at::zeros({}, saved[0].options().dtype(record.type)).expand(record.sizes());
+      torch::autograd::impl::set_gradient_edge(anchor, {getptr(), 1});
+    }
+    return gradients(
+        record, saved, grads[0], grads[1], task_should_compute_output(0), task_should_compute_output(1),
+        task_should_compute_output(2), anchor);
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs &args) const override {
+    auto &self = const_cast<Node &>(*this);
+    self.ctx_.saved_data["call"] = record.packed();
+    self.is_variable_input_ = {true, true, true};
+    CppNode::compiled_args(args);
+  }
+};
+
+// Nodes are counted by std::shared_ptr up to torch 2.9.
+template <class N, class Owner = std::decay_t<decltype(torch::autograd::Edge().function)>> auto new_node() {
+  if constexpr (std::is_same_v<Owner, std::shared_ptr<torch::autograd::Node>>)
+    return std::shared_ptr<N>(new N, [](N *node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<N>();
+}
+
+// Forward with its node. Leaves and views are no outputs here: `run` leaves them to Python.
+Tensor record(
+    const Tensor &input, const Tensor &bias, const Tensor &weight, const Tensor &seed, const Ready &c, const Rule &rule,
+    bool in_place) {
+  const auto node = new_node<Node>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(input, bias, weight));
+  node->ctx_.set_materialize_grads(false);
+  const bool added = bias.defined() && !c.bias;
+  Record &r = node->record;
+  r.name = rule.name, r.rule = rule, r.type = input.scalar_type(), r.added = added;
+  if (bias.defined()) r.bias_type = bias.scalar_type();
+
+  Tensor out, kept, link, kept_bias;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    out = in_place ? input : at::empty_like(input);
+    if (!rule.learned()) kept = at::empty({(c.n + 7) / 8}, input.options().dtype(at::kByte));
+    forward(c, input, out, kept);
+  }
+  if (rule.learned()) {
+    const at::AutoGradMode no_history(false);
+    if (added) kept = link = at::_unsafe_view(input, input.sizes());
+    else kept = input, link = kept_bias = bias.defined() ? bias.clone() : Tensor();
+  }
+  for (const auto numbers : {out.sizes(), out.strides()}) r.layout.append(numbers.begin(), numbers.end());
+  if (in_place) {
+    torch::autograd::impl::bump_version(input);
+    torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+  } else {
+    torch::autograd::set_history(out, node);
+  }
+  if (link.defined()) torch::autograd::set_history(link, node);
+  else node->add_input_metadata(out);
+  node->ctx_.save_for_backward({kept, kept_bias, weight, seed});
+  node->save_variables_to_ctx();
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+  torch::autograd::fire_node_creation_hooks(node);
+#endif
+  return out;
+}
 
 // ---------------------------------------------------------------- what Python calls
 
@@ -453,26 +521,21 @@ std::optional<Tensor> run(
   auto call = call_on(input, bias, weight, rule);
   if (!call || (in_place && (overlap(bias, input) || overlap(weight, input)))) return {};
   if (bias_added) call->bias = nullptr;  // it is there for its gradient alone
-  const bool record = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
+  const bool recorded = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
   // Leaves and views are autograd's difficult cases, and in-place PReLU keeps a copy: all in ops/autograd.py.
-  if (record && below_autograd(input)) return {};
+  if (recorded && below_autograd(input)) return {};
   if (in_place && input.is_inference() && !c10::InferenceMode::is_enabled()) return {};
-  if (record && in_place && (rule.learned() || input.is_view())) return {};
-  if (record && in_place && input.is_leaf() && input.requires_grad()) return {};
+  if (recorded && in_place && (rule.learned() || input.is_view())) return {};
+  if (recorded && in_place && input.is_leaf() && input.requires_grad()) return {};
   call->value = input.const_data_ptr(), call->out = in_place ? (void *)call->value : nullptr;
   const bool draw = rule.random() && !seed.defined();
   // A new seed lies as aligned as this does.
   if (draw) call->seed = (const int64_t *)64;
   else if (!add_seed(*call, input, rule, seed)) return {};
-  if (!prepare(*call, input, rule, {}, record && !rule.learned())) return {};
+  if (!prepare(*call, input, rule, {}, recorded && !rule.learned())) return {};
   if (draw) seed = new_seed(input.device()), call->seed = seed.const_data_ptr<int64_t>();
 
-  if (record) {
-    const Tensor out = Rectify::apply(input, maybe(bias), maybe(weight), maybe(seed), *call, rule, in_place)[0];
-    // Nobody asks any more what forward wrote to, but compiled autograd refuses a node that still says so.
-    if (in_place) static_cast<torch::autograd::CppNode<Rectify> *>(out.grad_fn().get())->ctx_.mark_dirty({});
-    return out;
-  }
+  if (recorded) return record(input, bias, weight, seed, *call, rule, in_place);
   const Tensor out = in_place ? input : at::empty_like(input);
   forward(*call, input, out, {});
   if (in_place && !input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
