@@ -367,7 +367,7 @@ MUTANTS = [
     Mutant(DIRECT, "no bump of the version", "input.unsafeGetTensorImpl()->bump_version();", ";"),
     Mutant(DIRECT, "a parameter inside the input", "parameter.defined() && parameter.is_alias_of(input)", "false"),
     Mutant(DIRECT, "no bump of a recorded one's", "torch::autograd::impl::bump_version(input);", ";"),
-    Mutant(DIRECT, "the bias's edge for the weight's", "task_should_compute_output(2),", "task_should_compute_output(1),"),
+    Mutant(DIRECT, "the bias's edge for the weight's", "_compute_output(2),", "_compute_output(1),"),
     Mutant(DIRECT, "the bias of now in backward", "bias.defined() ? bias.clone() : Tensor()", "bias"),
     Mutant(DIRECT, "a bias added twice", "if (bias_added) call->bias = nullptr;", ""),
     Mutant(DIRECT, "second derivatives lost", "plain(grad) && !at::GradMode::is_enabled() &&", "plain(grad) &&"),
