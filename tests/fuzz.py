@@ -169,8 +169,9 @@ def gradients(
 
 def assert_sum(got: Tensor, exact: Tensor, size: Tensor, wide: torch.dtype, said: str) -> None:
     """Within the rounding of ``wide`` relative to the magnitude of the terms, and one rounding of its own."""
-    near = 8 * torch.finfo(wide).eps * size + torch.finfo(got.dtype).eps * exact.abs()
-    overflows = exact.abs() >= 0.99 * torch.finfo(got.dtype).max
+    own = torch.finfo(got.dtype)
+    near = 8 * torch.finfo(wide).eps * size + own.eps * exact.abs().clamp_min(own.smallest_normal)
+    overflows = exact.abs() >= 0.99 * own.max
     must((((got.double() - exact).abs() <= near) | overflows).all(), "sum", got, exact, said)
 
 
