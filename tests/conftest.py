@@ -13,6 +13,7 @@ if FORCED != "triton":
     # Before anything imports a kernel: @triton.jit reads it when it decorates.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
 import soft_device
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -30,6 +31,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if "softcuda" in sys.modules:
     soft_device.mend()
+if FORCED != "triton":
+    interpreter.mend()
 
 PATHS = (FORCED,) if FORCED else ("eager", "native", "triton")
 
