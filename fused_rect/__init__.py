@@ -6,6 +6,9 @@
 Importing compiles, launches and downloads nothing; Triton is imported when a Triton path first runs.
 """
 
+from . import untried  # noqa: F401  # warns before an import below may fail
+
+# isort: split
 from . import decompose, functional, nn, random
 from .backends import backend
 from .fusion import fuse, unfuse

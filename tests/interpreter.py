@@ -8,9 +8,9 @@ import numpy as np
 
 
 def mend():
-    """`tl.fma` rounds once, and numpy 2.4 and later take a scalar, which the interpreter keeps as one element, for a count.
+    """`tl.fma` rounds once, and a scalar, which is an array of one element, counts as numpy 2.4 and later want it.
 
-    Nothing is changed where there is no Triton, or where its interpreter does both by itself.
+    Nothing changes where there is no Triton, or where its interpreter does both by itself.
     """
     try:
         from triton.runtime import interpreter

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fused_rect"
 
 # Higher imports lower or its own level, never higher. A folder stands for its modules.
 LEVELS = [
-    {"version", "internals", "rules", "tracing", "files", "perf.profiling.memory"},
+    {"version", "untried", "internals", "rules", "tracing", "files", "perf.profiling.memory"},
     {"reference"},
     {"kernels"},
     {"random", "backends"},

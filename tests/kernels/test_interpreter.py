@@ -1,4 +1,4 @@
-"""What the kernels' tests rest on: Triton's interpreter, mended where it is before 3.9, rounds an fma once and counts."""
+"""What the kernels' tests rest on: Triton's interpreter, mended where needed, rounds an fma once, and counts."""
 
 from fractions import Fraction
 
