@@ -9,7 +9,6 @@ what happens to each rectifier.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -69,7 +68,7 @@ def _mark(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
 
 
 def _refusing_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(compiled)
+    # Not by functools.wraps: it would copy a mark of Dynamo's, by which Dynamo (torch 2.9) calls ``compiled`` instead.
     def call(*args: Any) -> Any:
         outputs = compiled(*args)
         for node in {output.grad_fn for output in outputs if getattr(output, "grad_fn", None) is not None}:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..internals import CALLS
 
 _QUIET = ("PRECALL", "KW_NAMES", "CACHE", "PUSH_NULL")
-_CALLS = ("CALL", "CALL_KW", "CALL_FUNCTION_EX")
+_CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD")
+_CALLS_BY_NAME = ("CALL_KW", "CALL_FUNCTION_KW")  # the names lie above the arguments
 
 
 def is_last_reader(count: int, func: Any, frame: FrameType | None) -> bool:
@@ -50,13 +51,13 @@ def _replacing(code: CodeType) -> frozenset[int]:
     found: set[int] = set()
     instructions = [i for i in dis.get_instructions(code) if i.opname not in _QUIET]
     for at, call in enumerate(instructions[:-1]):
-        if call.opname not in _CALLS:
+        if call.opname not in _CALLS + _CALLS_BY_NAME:
             continue
         first = at - 1
         while instructions[first].opname == "LOAD_CONST" and first > 0:
             first -= 1
         loaded, after = instructions[first], instructions[at + 1]
-        arguments = at - first
+        arguments = at - first - (call.opname in _CALLS_BY_NAME)
         if not loaded.opname.startswith("LOAD_FAST") or call.arg != arguments:
             continue
         name = _names(loaded)[-1]

@@ -12,6 +12,7 @@ from fused_rect import compile as fused_compile
 from fused_rect import internals, ops, rules
 from fused_rect.compile import inline
 from fused_rect.compile.placement import BACKWARD, FORWARD, INLINE, OURS, Choice
+from fused_rect.reference import computed_in
 from fused_rect.rules import Need, Parameters
 
 LAYOUTS = {
@@ -54,7 +55,10 @@ def test_a_gradient_from_bits_is_the_ops(rule, layout, dtype):
         grad, bits, Parameters(None, None, None), rule, Need(dtype, False), stride, True
     )
     torch.testing.assert_close(own, expected, equal_nan=True, rtol=0, atol=0)
-    torch.testing.assert_close(bias, of_bias, equal_nan=True)
+    # The op sums what it rounds to `own`, inline it is read from memory: by half an ulp less or more, where not grad's.
+    half, sums = torch.finfo(dtype).eps / 2, [t.abs().double().sum((0, 2, 3)) for t in (own.where(own != grad, 0), own)]
+    allowed = half * (sums[0] + 2 * of_bias.abs()) + grad.numel() * torch.finfo(computed_in(dtype)).eps * sums[1]
+    assert ((bias.double() - of_bias).abs() <= allowed).all()
     assert weight is None
     assert inline.backward(grad, bits, Parameters(None, None, None), rule, Need(None, False), stride, True)[1] is None
 

@@ -408,11 +408,21 @@ def test_compiled_parts_see_ordinary_tensors_and_compile_no_more_than_before(ful
         torch.testing.assert_close(model(x), expected)
 
 
+def exports_strictly(model, x):
+    """With a hook, whatever it does: torch 2.9 does not, and says so in several ways."""
+    model.register_forward_hook(lambda module, args, output: None)
+    try:
+        torch.export.export(model, (x,), strict=True)
+    except Exception:
+        return False
+    return True
+
+
 def test_export_and_function_transforms_see_torchs_own_operations():
     model, x = Attributes().eval(), torch.randn(2, 3, 6, 6)
-    expected = model(x)
+    expected, strict_too = model(x), exports_strictly(copy.deepcopy(model), x)
     fr.fuse(model)(x)
-    for strict in (False, True):
+    for strict in (False, True) if strict_too else (False,):
         program = torch.export.export(model, (x,), strict=strict)
         torch.testing.assert_close(program.module()(x), expected)
         assert "fused_rect" not in str(program.graph)
