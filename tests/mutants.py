@@ -49,6 +49,7 @@ COMPILED = ["tests/compile/test_compile_surroundings.py", "tests/compile/test_co
 PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
 ON_GPU = ["tests/ops/test_direct_on_gpu.py"]
 STUDY_FAULTS = ["tests/study/test_study_faults.py"]
+UNTRIED = "fused_rect/untried.py"
 AUTOGRAD, FUNCTIONAL, REFERENCE = "fused_rect/ops/autograd.py", "fused_rect/functional.py", "fused_rect/reference.py"
 
 # The tests that run first for a file; where all of them pass, REST decides.
@@ -89,6 +90,7 @@ FOCUSED = {
     ],
     AUTOGRAD: ["tests/ops/test_ops.py", "tests/ops/test_second_order.py", "tests/ops/test_integrations.py"],
     FUNCTIONAL: ["tests/test_functional.py", "tests/test_layers_numbers.py", "tests/ops/test_checkpoint.py"],
+    UNTRIED: ["tests/test_untried.py"],
     REFERENCE: ["tests/test_reference.py", "tests/ops/test_ops.py"],
 }
 REST = ["tests/kernels", "tests/ops/test_direct.py", "tests/gpu/test_gpu_steps.py"]
@@ -131,6 +133,10 @@ MUTANTS = [
     Mutant(TWINS, "over a view", "        and call.input._base is None\n", ""),
     Mutant(TWINS, "infinite slopes", "math.isfinite(n)", "n == n"),
     Mutant(TWINS, "slopes of another length", "weight.numel() == input.shape[1]", "True"),
+    # ---- versions of torch
+    Mutant(UNTRIED, "a patch is newer than its release", "<= NEWEST_TORCH:", "< NEWEST_TORCH:"),
+    Mutant(UNTRIED, "no version is newer", "<= NEWEST_TORCH:", ">= (0, 0):"),
+    Mutant(UNTRIED, "said of fused_rect's own line", "stacklevel=4", "stacklevel=3"),
     # ---- random slopes
     Mutant(PHILOX, "a round too few", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(6)"),
     Mutant(PHILOX, "a digit of the multiplier", "0xD2511F53", "0xD2511F57"),

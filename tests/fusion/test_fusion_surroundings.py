@@ -239,6 +239,10 @@ class Statements(nn.Module):
         before = id(x)
         x = F.leaky_relu(x, 0.2)
         same.append(id(x) == before)
+        x = self.conv(x)
+        before = id(x)
+        x = F.leaky_relu(x, negative_slope=0.2)
+        same.append(id(x) == before)
         z = self.conv(x)
         y = self.act(z)
         same.append(y is z)
@@ -256,7 +260,7 @@ def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
     model = fr.fuse(Statements())
     with torch.set_grad_enabled(grad):
         model(x, same)
-    assert same == [True, True, False, False]
+    assert same == [True, True, True, False, False]
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU())
     seen = []
     fr.fuse(model)
