@@ -113,7 +113,6 @@ MUTANTS = [
     Mutant(CALLS, "an absent bias gradient", "of_bias if need_bias else None", "of_bias"),
     # ---- fuse()
     Mutant(FUSING, "others' hooks go too", "if isinstance(hook, Hook)]", "if hook]"),
-    Mutant(FUSING, "layers of ours wait", "if isinstance(module, Fused) for child in module}", "if False}"),
     Mutant(WAITING, "what has been read waits on", 'tensor.__dict__.pop("_fused_rect")', "tensor._fused_rect"),
     Mutant(WAITING, "unread outputs leave the model", "            release_unread()\n", "            pass\n"),
     Mutant(WAITING, "only the first argument is read", "            _release_all(args, kwargs)\n", ""),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import Fused
 from .waiting import MAPS, Hook, Leave, Reader
 
 
@@ -45,7 +44,9 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
     """
     if isinstance(model, torch.jit.ScriptModule):
         return model
-    for _, module in _maps(model):
+    for module in model.modules():
+        if not isinstance(module, MAPS):
+            continue
         reader = _reader(module)
         if reader is None:
             module.register_forward_hook(Reader(fold_batchnorm))
@@ -88,14 +89,6 @@ def report(model: nn.Module) -> list[Site]:
                 why = "fuse(model) was not called" if reader is None else "has not run yet"
             sites.append(Site(name, kind, neighbours[name], False, why))
     return sites
-
-
-def _maps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The maps of ``model`` but for those of the fused layers, which do not call them."""
-    inside = {id(child) for module in model.modules() if isinstance(module, Fused) for child in module}
-    for name, module in model.named_modules():
-        if isinstance(module, MAPS) and id(module) not in inside:
-            yield name, module
 
 
 def _reader(module: nn.Module) -> Reader | None:
