@@ -58,7 +58,7 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # a context in which ops s
 # ---- tensors
 
 dispatch_keys = torch._C._dispatch_keys
-overlaps = torch._C._overlaps  # whether two tensors share memory
+overlaps = torch._C._overlaps  # type: ignore[attr-defined]  # whether two tensors share memory
 is_wrapper = is_traceable_wrapper_subclass  # a tensor made of others, such as a DTensor
 
 
@@ -98,7 +98,7 @@ get_in_thread = torch._C._get_obj_in_tls
 
 
 DeviceContext = _device.DeviceContext  # the mode of `with torch.device(...)` and of the default device
-without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
+without_subclasses: Any = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
 
 
 # ---- modules

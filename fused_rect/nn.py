@@ -89,7 +89,8 @@ class Fused(nn.Sequential):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the linear map's forward, rectified; ``output_size`` is for transposed convolutions alone."""
         if isinstance(input, Proxy):
-            return leaf_module(self, input, *(() if output_size is None else (output_size,)))
+            traced: Tensor = leaf_module(self, input, *(() if output_size is None else (output_size,)))
+            return traced
         linear_map, activation = self._modules["0"], self._modules["1"]
         assert linear_map is not None and activation is not None
         return fused(linear_map, input, *epilogue_arguments(activation), output_size)

@@ -29,12 +29,20 @@ def table(profile: torch.profiler.profile) -> pd.DataFrame:
 
     seconds are the device's where there is one, else the CPU's. Raises ValueError for a profile without shapes.
     """
-    rows = [_row(event) for event in profile.events() or [] if _innermost(event)]
+    events = [event for event in profile.events() or [] if _innermost(event)]
+    dtypes = _dtypes(profile) if events else {}
+    rows = [_row(event, dtypes[event.id]) for event in events]
     if not rows:
         return pd.DataFrame(columns=["name", "rectifier", "calls", "seconds", "bytes", "flops", "GB/s"])
     frame = pd.DataFrame(rows).groupby(["name", "rectifier"], as_index=False).sum()
     frame["GB/s"] = frame.bytes / frame.seconds / 1e9
     return frame.sort_values("seconds", ascending=False, ignore_index=True)
+
+
+def _dtypes(profile: Any) -> dict[int, list[str]]:
+    """Of the arguments of each of our calls, by its id: before torch 2.12 only what an event is made of has them."""
+    recorded = profile.profiler.kineto_results.events()
+    return {event.correlation_id(): event.dtypes() for event in recorded if event.name().startswith(PREFIX)}
 
 
 def _innermost(event: Any) -> bool:
@@ -46,12 +54,12 @@ def _ours(event: Any) -> bool:
     return event.name.startswith(PREFIX) or any(_ours(child) for child in event.cpu_children)
 
 
-def _row(event: Any) -> dict[str, Any]:
+def _row(event: Any, dtypes: list[str]) -> dict[str, Any]:
     if not event.input_shapes:
         raise ValueError("profile has no shapes: make it with torch.profiler.profile(record_shapes=True)")
     backward = event.name.endswith("_backward")
     # Whether a forward call makes bits, too, a trace does not record: an eighth of a byte per element is left out.
-    bits = "_bits" in event.name or (backward and event.input_dtypes[1] == "unsigned char")
+    bits = "_bits" in event.name or (backward and dtypes[1] == "unsigned char")
     # (grad,) input or what was kept, bias, weight, seed; the rule's name, which a trace does not record; its bounds;
     # in backward the bias's dtype and whether the weight's gradient is wanted.
     shapes, values = event.input_shapes[backward:], event.concrete_inputs[backward:]
@@ -67,7 +75,7 @@ def _row(event: Any) -> dict[str, Any]:
     call = traffic.rectify(
         Rule.default(name),
         math.prod(shape),
-        ITEM_SIZES[event.input_dtypes[0]],
+        ITEM_SIZES[dtypes[0]],
         backward=backward,
         bits=bits,
         bias=bias,

@@ -54,7 +54,7 @@ class Run:
         if p.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(groups(self.model, p), lr=p.lr, momentum=p.momentum)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=p.amp == "fp16")
+        self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=p.amp == "fp16")
         self.updates, self.per_epoch = p.updates(len(self.train)), p.batches(len(self.train))
         self.step, self.history = 0, list[dict[str, float]]()
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch: log-loss, errors, images

@@ -83,7 +83,7 @@ def differences(
     x[-1] = -bias.view(-1, *[1] * (x.dim() - 2))  # z = 0 in the last example; NaN and infinities in the first
     corner = (0,) * (x.dim() - 2)
     for channel, value in ((0, float("nan")), (shape[1] // 2, float("-inf")), (-1, float("inf"))):
-        x[(0, channel, *corner)] = value
+        x[0, channel][corner] = value
     if layout == "channels_last":
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     weight = weight[:1] if shared else weight

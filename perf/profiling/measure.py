@@ -89,7 +89,7 @@ class Interval:
 class Samples:
     """Seconds a call, (processes, rounds) for each name; why a name is absent; its bytes where asked for."""
 
-    seconds: Mapping[str, np.ndarray]
+    seconds: Mapping[str, np.ndarray[Any, Any]]
     absent: Mapping[str, str]
     live_bytes: Mapping[str, int] = field(default_factory=dict)
     kept_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Samples:
         return interval(self.seconds[name] / self.seconds[over])
 
 
-def interval(samples: np.ndarray) -> Interval:
+def interval(samples: np.ndarray[Any, Any]) -> Interval:
     """Of positive samples (processes, rounds): the geometric mean of the processes' medians, and its interval."""
     logs = np.log(samples)
     units = np.median(logs, axis=1) if len(logs) > 1 else logs[0]
