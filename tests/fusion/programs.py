@@ -65,7 +65,7 @@ BETWEEN = [
     "{0} = Twice.apply({0})",
     "{0} = self.drop({0})",
 ]
-CURRENT = ["self.relu", "self.leaky", "F.relu", "nn.Identity()", "self.over"]
+CURRENT = ["self.relu", "self.leaky", "self.minus", "nn.Identity()", "self.over"]
 name = st.sampled_from("xyz")
 
 

@@ -139,6 +139,39 @@ def test_report_counts_no_pair_that_is_none_and_gives_the_reason_of_one_left():
     assert not site.fused and "arguments" in site.reason
 
 
+CHANGES = {
+    "add_": lambda z: z.add_(1),
+    "clamp_": lambda z: z.clamp_(-1, 1),
+    "a function in place": lambda z: F.dropout(z, 0.5, True, inplace=True),
+    "a part": lambda z: z.__setitem__((slice(None), 0), 0),
+    "a view": lambda z: z[:, :1].zero_(),
+    "out": lambda z: torch.add(z.detach(), 1, out=z.detach()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_output_that_is_changed_in_place_makes_no_pair(change):
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            z = self.conv(x)
+            change(z)
+            return F.relu(z)
+
+    model = Changes()
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4)
+    for m in (fr.fuse(model), plain):
+        torch.manual_seed(0)
+        m.y = m(x)
+        m.y.square().sum().backward()
+    torch.testing.assert_close(model.y, plain.y)
+    torch.testing.assert_close(model.conv.weight.grad, plain.conv.weight.grad)
+    assert fusion.report(model) == []
+
+
 class Slopes(nn.Module):
     def __init__(self):
         super().__init__()

@@ -225,6 +225,45 @@ def test_outputs_that_somebody_holds(how, training):
             torch.testing.assert_close(a, b)
 
 
+READERS = {
+    "second": lambda x, z: x + z,
+    "both": lambda x, z: z * z,
+    "reversed": lambda x, z: 2 - z,
+    "in a list": lambda x, z: torch.cat([x, z]),
+    "in a dictionary": lambda x, z: torch.utils.checkpoint.checkpoint(lambda d: d["z"] * 2, {"z": z}, use_reentrant=False),
+    "by name": lambda x, z: torch.add(input=x, other=z),
+    "in a list by name": lambda x, z: torch.stack(tensors=[z, x]),
+    "between": lambda x, z: torch.where(x > 0, z, x),
+    "written into": lambda x, z: z + 0 if torch.is_grad_enabled() else torch.mul(x, 2, out=z),
+    "as an index": lambda x, z: x[z > 0],
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_whoever_reads_an_output_reads_an_ordinary_tensor(reader, grad):
+    """Wherever it stands among the arguments, and a rectifier that comes later is not the first."""
+    conv, x = nn.Conv2d(3, 3, 1), torch.randn(2, 3, 4, 4)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            z = self.conv(x)
+            y = reader(x, z)
+            return type(y), type(z), y, F.relu(z)
+
+    with torch.set_grad_enabled(grad):
+        expected = Model()(x)
+        for _ in range(2):
+            got = fr.fuse(Model())(x)
+            assert got[:2] == expected[:2] == (torch.Tensor, torch.Tensor)
+            torch.testing.assert_close(got[2:], expected[2:])
+    fr.unfuse(conv)
+
+
 class Statements(nn.Module):
     def __init__(self):
         super().__init__()

@@ -29,7 +29,8 @@ def observed(model, x, flag):
     """All that a call of ``model`` does: result or error, gradients, buffers, attributes, random numbers drawn."""
     torch.manual_seed(1)
     model.zero_grad()
-    x = x.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    x = leaf.clone()  # a forward may change it in place
     try:
         y = model(x, flag)
         result = flat(y)
@@ -40,7 +41,7 @@ def observed(model, x, flag):
     except Exception as error:
         result, seen = [], [type(error), str(error)]
     seen += [type(t) for t in result] + [hash(torch.get_rng_state().numpy().tobytes())]
-    tensors = [*result, x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+    tensors = [*result, leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()]
     for module in model.modules():
         kept = {k: v for k, v in vars(module).items() if not k.startswith("_")}
         for key, value in sorted(kept.items()):
