@@ -230,7 +230,7 @@ READERS = {
     "both": lambda x, z: z * z,
     "reversed": lambda x, z: 2 - z,
     "in a list": lambda x, z: torch.cat([x, z]),
-    "in a dictionary": lambda x, z: torch.utils.checkpoint.checkpoint(lambda d: d["z"] * 2, {"z": z}, use_reentrant=False),
+    "in a dictionary": lambda x, z: checkpoint(lambda d: d["z"] * 2, {"z": z}, use_reentrant=False),
     "by name": lambda x, z: torch.add(input=x, other=z),
     "in a list by name": lambda x, z: torch.stack(tensors=[z, x]),
     "between": lambda x, z: torch.where(x > 0, z, x),
