@@ -18,12 +18,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import functional, rules
-from .rules import PRELU, RELU, Parameters, Rule
+from . import backends, functional, rules
+from .rules import PRELU, RELU, Parameters, Rule, numbers
 from .tracing import leaf_module
 
 
@@ -63,6 +64,17 @@ def epilogue_arguments(activation: nn.Module) -> tuple[Tensor | None, Rule]:
     raise TypeError(f"activation must be ReLU, LeakyReLU, PReLU or RReLU, got {type(activation).__name__}")
 
 
+# Maps that may run with their rectifier in one call of C++ (kernels/direct.cpp), which subclasses may not: whether they
+# add their bias to CPU and to CUDA tensors.
+_ADDS_BIAS: dict[type[nn.Module], tuple[bool, ...]] = {
+    linear_map: tuple(functional.map_adds_bias(rank, torch.device(kind)) for kind in ("cpu", "cuda"))
+    for linear_map, rank in (
+        (nn.Linear, 0), (nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3),
+        (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 3),
+    )
+}  # fmt: skip
+
+
 class Fused(nn.Sequential):
     """A linear map and a rectifier, run as the map and one epilogue over its output."""
 
@@ -91,9 +103,19 @@ class Fused(nn.Sequential):
         if isinstance(input, Proxy):
             traced: Tensor = leaf_module(self, input, *(() if output_size is None else (output_size,)))
             return traced
-        linear_map, activation = self._modules["0"], self._modules["1"]
+        modules = self._modules
+        linear_map, activation = modules["0"], modules["1"]
         assert linear_map is not None and activation is not None
-        return fused(linear_map, input, *epilogue_arguments(activation), output_size)
+        weight, rule = epilogue_arguments(activation)
+        calls, adds_bias = backends.direct(input), _ADDS_BIAS.get(type(linear_map))
+        if calls is not None and adds_bias is not None and output_size is None:
+            parameters = Parameters(weight=weight)
+            out: Tensor | None = calls.layer(
+                input, linear_map.__dict__, adds_bias[input.is_cuda], parameters, rule, numbers(rule)
+            )
+            if out is not None:
+                return out
+        return fused(linear_map, input, weight, rule, output_size)
 
 
 def fused(

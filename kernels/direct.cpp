@@ -6,6 +6,8 @@
 //
 // Built by cpu/build.py against torch's and Python's headers; where that fails, Python serves, more slowly for small
 // tensors.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -49,6 +51,16 @@ struct Rule {
   bool learned() const { return slope == ::learned; }
 };
 
+// What at::empty_strided gives, without the dispatcher for CPU tensors, which takes longer than the allocator.
+Tensor new_tensor(const Tensor &like, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) {
+  if (like.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, type);
+  return at::empty_strided(sizes, strides, like.options().dtype(type));
+}
+
+Tensor new_vector(const Tensor &like, int64_t length, at::ScalarType type) {
+  return new_tensor(like, {length}, {1}, type);
+}
+
 Maybe maybe(const Tensor &t) { return t.defined() ? Maybe(t) : Maybe(); }
 
 // ---------------------------------------------------------------- what is ordinary
@@ -69,9 +81,16 @@ bool nobody_listens() {
   return (local.included_ - usual).empty() && !functions_are_seen() && !at::hasCallbacks();
 }
 
+bool is_excluded(c10::DispatchKey of_cuda, c10::DispatchKey of_cpu, const Tensor &t) {
+  return c10::impl::tls_is_dispatch_key_excluded(t.is_cuda() ? of_cuda : of_cpu);
+}
+
 bool below_autograd(const Tensor &t) {
-  return c10::impl::tls_is_dispatch_key_excluded(
-      t.is_cuda() ? c10::DispatchKey::AutogradCUDA : c10::DispatchKey::AutogradCPU);
+  return is_excluded(c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutogradCPU, t);
+}
+
+bool under_autocast(const Tensor &t) {
+  return !is_excluded(c10::DispatchKey::AutocastCUDA, c10::DispatchKey::AutocastCPU, t);
 }
 
 // A dense tensor's keys and no others: not fake, functional, batched, negated, quantized, nested, sparse, of a subclass
@@ -140,11 +159,21 @@ bool add_seed(Call &c, const Tensor &t, const Rule &rule, const Tensor &seed) {
   return true;
 }
 
-// random.py's new_seed: the same draw from the same generator
-Tensor new_seed(at::Device device) {
+// random.py's new_seed: the same draw from the same generator. A CPU's is asked itself, in a tenth of the time that
+// random_ takes to; a GPU's is torch's to ask, so that CUDA graphs draw anew.
+Tensor new_seed(const Tensor &like) {
   constexpr auto most = std::numeric_limits<int64_t>::max();
-  return at::randint(-most - 1, most, {1}, at::TensorOptions(at::kLong).device(device));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor seed = new_vector(like, 1, at::kLong);
+  if (!like.is_cpu()) return seed.random_(-most - 1, most);
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  const uint64_t bits = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  *seed.mutable_data_ptr<int64_t>() = (int64_t)(bits % (2 * (uint64_t)most + 1) - most - 1);
+  return seed;
 }
+
+bool draws(const Rule &rule, const Tensor &seed) { return rule.random() && !seed.defined(); }
 
 // Channels where a parameter or a sum has as many.
 void by_channels(Call &c, const Tensor &t) {
@@ -331,10 +360,10 @@ Gradients backward(
       !prepare(*found, grad, rule, need, is_bits))
     return by_dispatcher(grad, kept, bias, weight, seed, rule, need, strides);
   Ready &c = *found;
-  Gradients to{at::empty_like(grad), {}, {}};
+  Gradients to{new_tensor(grad, grad.sizes(), grad.strides(), grad.scalar_type()), {}, {}};
   auto &[grad_input, grad_bias, grad_weight] = to;
   if (need.bias) {
-    grad_bias = at::empty({channels_of(grad)}, grad.options().dtype(*need.bias));
+    grad_bias = new_vector(grad, channels_of(grad), *need.bias);
     c.bias_sum = grad_bias.mutable_data_ptr(), c.bias_sum_type = type_of(*need.bias);
   }
   if (need.weight) grad_weight = at::empty_like(weight), c.weight_sum = grad_weight.mutable_data_ptr();
@@ -436,8 +465,8 @@ struct Compiled {
   }
 };
 
-// The node of autograd, with edges to input, bias and weight. Function::apply would make it too, 6 us slower a step: it
-// packs and describes for compiled autograd what few programs give to it.
+// The node of autograd, with edges to input, bias and weight. Function::apply would make it too, 27 us slower a step:
+// it packs and describes for compiled autograd what few programs give to it.
 struct Node : torch::autograd::CppNode<Compiled> {
   Record record;
 
@@ -486,8 +515,8 @@ Tensor record(
   Tensor out, kept, link, kept_bias;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    out = in_place ? input : at::empty_like(input);
-    if (!rule.learned()) kept = at::empty({(c.n + 7) / 8}, input.options().dtype(at::kByte));
+    out = in_place ? input : new_tensor(input, input.sizes(), input.strides(), r.type);
+    if (!rule.learned()) kept = new_vector(input, (c.n + 7) / 8, at::kByte);
     forward(c, input, out, kept);
   }
   if (rule.learned()) {
@@ -512,7 +541,7 @@ Tensor record(
   return out;
 }
 
-// ---------------------------------------------------------------- what Python calls
+// ---------------------------------------------------------------- calls
 
 std::optional<Tensor> run(
     const Tensor &input, const Tensor &bias, const Tensor &weight, Tensor seed, const Rule &rule, bool bias_added,
@@ -528,19 +557,81 @@ std::optional<Tensor> run(
   if (recorded && in_place && (rule.learned() || input.is_view())) return {};
   if (recorded && in_place && input.is_leaf() && input.requires_grad()) return {};
   call->value = input.const_data_ptr(), call->out = in_place ? (void *)call->value : nullptr;
-  const bool draw = rule.random() && !seed.defined();
+  const bool draw = draws(rule, seed);
   // A new seed lies as aligned as this does.
   if (draw) call->seed = (const int64_t *)64;
   else if (!add_seed(*call, input, rule, seed)) return {};
   if (!prepare(*call, input, rule, {}, recorded && !rule.learned())) return {};
-  if (draw) seed = new_seed(input.device()), call->seed = seed.const_data_ptr<int64_t>();
+  if (draw) seed = new_seed(input), call->seed = seed.const_data_ptr<int64_t>();
 
   if (recorded) return record(input, bias, weight, seed, *call, rule, in_place);
-  const Tensor out = in_place ? input : at::empty_like(input);
+  const Tensor out = in_place ? input : new_tensor(input, input.sizes(), input.strides(), input.scalar_type());
   forward(*call, input, out, {});
   if (in_place && !input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
   return out;
 }
+
+// As run, of a tensor that is there already: what `run` leaves to Python goes there through the dispatcher.
+Tensor finished(
+    const Tensor &z, const Tensor &bias, const Tensor &weight, Tensor seed, const Rule &rule, bool bias_added) {
+  const bool recorded = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({z, bias, weight});
+  const bool in_place = !(recorded && rule.learned());  // whose backward reads z
+  if (auto out = run(z, bias, weight, seed, rule, bias_added, in_place)) return *out;
+  if (draws(rule, seed)) seed = new_seed(z);
+  auto &dispatcher = c10::Dispatcher::singleton();
+  using Rectify = Tensor(const Tensor &, const Maybe &, const Maybe &, const Maybe &, std::string_view, double, double, bool);
+  using InPlace = void(Tensor &, const Maybe &, const Maybe &, const Maybe &, std::string_view, double, double, bool);
+  static const auto rectify = dispatcher.findSchemaOrThrow("fused_rect::rectify", "").typed<Rectify>();
+  static const auto rectify_ = dispatcher.findSchemaOrThrow("fused_rect::rectify_", "").typed<InPlace>();
+  if (!in_place)
+    return rectify.call(z, maybe(bias), maybe(weight), maybe(seed), rule.name, rule.lower, rule.upper, bias_added);
+  Tensor out = z;
+  rectify_.call(out, maybe(bias), maybe(weight), maybe(seed), rule.name, rule.lower, rule.upper, bias_added);
+  return out;
+}
+
+// ---------------------------------------------------------------- layers
+
+// A convolution's arguments; none for a linear map.
+struct Geometry {
+  c10::SmallVector<int64_t, 3> stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+};
+
+// functional.py's `fused`, for maps of tensors that are all of one dtype on one device. `map_adds`: functional.py's
+// map_adds_bias; who gets the bias is its share_bias's to say, this is that without transforms and exports.
+std::optional<Tensor> mapped(
+    const Tensor &input, const Tensor &map_weight, const std::optional<Geometry> &geometry, bool map_adds,
+    const Tensor &bias, const Tensor &weight, const Tensor &seed, const Rule &rule) {
+  if (!nobody_listens() || below_autograd(input) || under_autocast(input)) return {};
+  if (!plain(input) || type_of(input.scalar_type()) < 0) return {};
+  for (const Tensor *const t : {&map_weight, &bias, &weight}) {
+    if (!t->defined()) continue;
+    if (!plain(*t) || t->scalar_type() != input.scalar_type() || t->device() != input.device()) return {};
+  }
+  const int64_t dims = geometry ? (int64_t)geometry->stride.size() + 2 : 2;
+  if (map_weight.dim() != dims || (geometry ? input.dim() != dims : input.dim() < 2)) return {};
+  if (bias.defined() && bias.dim() != 1) return {};
+
+  const bool of_bias = bias.defined() && at::GradMode::is_enabled() && bias.requires_grad();
+  const Tensor to_map = !map_adds ? Tensor() : of_bias ? bias.variable_data() : bias;
+  const Tensor to_rectifier = map_adds && !of_bias ? Tensor() : bias;
+  const bool added = map_adds && of_bias;
+  Tensor z;
+  if (geometry)
+    z = at::convolution(
+        input, map_weight, maybe(to_map), geometry->stride, geometry->padding, geometry->dilation,
+        geometry->transposed, geometry->output_padding, geometry->groups);
+  else
+    z = at::linear(input, map_weight, maybe(to_map));
+  if (z.dim() == dims) return finished(z, to_rectifier, weight, seed, rule, added);
+  const auto shape = z.sizes().vec();
+  z = at::_unsafe_view(z.contiguous(), {-1, shape.back()});
+  return finished(z, to_rectifier, weight, seed, rule, added).view(shape);
+}
+
+// ---------------------------------------------------------------- what Python calls
 
 // A tensor of no subclass, or none.
 bool tensor_of(PyObject *given, Tensor &tensor) {
@@ -556,29 +647,108 @@ double number(PyObject *given) {
   return value;
 }
 
-// rectify(input, parameters, rule, numbers, bias_added): rules.py's Parameters, Rule and numbers. `self`: the kind of
-// device, whose calls may be forced to go another way.
-template <bool IN_PLACE> PyObject *called(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(
-      count == 5 && PyTuple_Check(given[1]) && PyTuple_Check(given[2]) && PyTuple_Check(given[3]) &&
-          PyTuple_GET_SIZE(given[1]) == 3 && PyTuple_GET_SIZE(given[2]) == 3 && PyTuple_GET_SIZE(given[3]) == 3,
-      "expected input, parameters, rule, numbers, bias_added");
-  PyObject *const *p = &PyTuple_GET_ITEM(given[1], 0), *const *r = &PyTuple_GET_ITEM(given[2], 0);
-  PyObject *const *n = &PyTuple_GET_ITEM(given[3], 0);
-  Tensor input, bias, weight, seed;
-  std::optional<Tensor> out;
-  const bool cuda = self == Py_True;
-  if (tensor_of(given[0], input) && input.defined() && (cuda ? input.is_cuda() && !hooked() : input.is_cpu()) &&
-      tensor_of(p[0], bias) && tensor_of(p[1], weight) && tensor_of(p[2], seed)) {
+// rules.py's Parameters, Rule and numbers.
+struct Asked {
+  Tensor bias, weight, seed;
+  Rule rule;
+
+  // Whether these tensors can be served. The rule's name is Python's to keep.
+  bool is(PyObject *parameters, PyObject *of_rule, PyObject *numbers) {
+    TORCH_CHECK_TYPE(
+        PyTuple_Check(parameters) && PyTuple_Check(of_rule) && PyTuple_Check(numbers) &&
+            PyTuple_GET_SIZE(parameters) == 3 && PyTuple_GET_SIZE(of_rule) == 3 && PyTuple_GET_SIZE(numbers) == 3,
+        "expected parameters, a rule and its numbers");
+    PyObject *const *p = &PyTuple_GET_ITEM(parameters, 0), *const *r = &PyTuple_GET_ITEM(of_rule, 0);
+    PyObject *const *n = &PyTuple_GET_ITEM(numbers, 0);
+    if (!tensor_of(p[0], bias) || !tensor_of(p[1], weight) || !tensor_of(p[2], seed)) return false;
     const char *name = PyUnicode_AsUTF8(r[0]);
     if (!name) throw python_error();
-    const Rule rule{name, number(r[1]), number(r[2]), (int64_t)number(n[0]), number(n[1]), number(n[2])};
+    rule = {name, number(r[1]), number(r[2]), (int64_t)number(n[0]), number(n[1]), number(n[2])};
+    return true;
+  }
+};
+
+// Whether calls on such a tensor are those of `self`: the kind of device, whose calls may be forced to go another way.
+bool is_of(PyObject *self, const Tensor &input) {
+  return input.defined() && (self == Py_True ? input.is_cuda() && !hooked() : input.is_cpu());
+}
+
+// rectify(input, parameters, rule, numbers, bias_added)
+template <bool IN_PLACE> PyObject *called(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5, "expected input, parameters, rule, numbers, bias_added");
+  Tensor input;
+  Asked a;
+  std::optional<Tensor> out;
+  if (tensor_of(given[0], input) && is_of(self, input) && a.is(given[1], given[2], given[3])) {
     const bool bias_added = given[4] == Py_True;
     py::gil_scoped_release others_run;
-    out = run(input, bias, weight, seed, rule, bias_added, IN_PLACE);
+    out = run(input, a.bias, a.weight, a.seed, a.rule, bias_added, IN_PLACE);
   }
   if constexpr (IN_PLACE) return PyBool_FromLong(out.has_value());
+  if (!out) Py_RETURN_NONE;
+  return THPVariable_Wrap(std::move(*out));
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether `given` is a tuple of whole numbers.
+bool sizes_of(PyObject *given, c10::SmallVector<int64_t, 3> &sizes) {
+  if (!given || !PyTuple_CheckExact(given)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); i++) {
+    PyObject *const item = PyTuple_GET_ITEM(given, i);
+    if (!PyLong_CheckExact(item)) return false;
+    sizes.push_back(PyLong_AsLongLong(item));
+    if (sizes.back() == -1 && PyErr_Occurred()) throw python_error();
+  }
+  return true;
+}
+
+// Of the attributes of one of torch's own modules, a map: what it computes with; false: as Python has it.
+struct Map {
+  Tensor weight, bias;
+  std::optional<Geometry> geometry;
+
+  bool is(PyObject *attributes) {
+    static PyObject *const names[] = {
+        PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("weight"),
+        PyUnicode_InternFromString("bias"), PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("padding"),
+        PyUnicode_InternFromString("dilation"), PyUnicode_InternFromString("output_padding"),
+        PyUnicode_InternFromString("transposed"), PyUnicode_InternFromString("groups"),
+        PyUnicode_InternFromString("padding_mode"), PyUnicode_InternFromString("zeros")};
+    const auto at = [](PyObject *in, int name) { return PyDict_GetItemWithError(in, names[name]); };
+    PyObject *const own = at(attributes, 0);
+    if (!own || !PyDict_Check(own)) return false;
+    // Absent ones are attributes of another kind: computed ones, say.
+    PyObject *const w = at(own, 1), *const b = at(own, 2);
+    if (!w || !b || !tensor_of(w, weight) || !tensor_of(b, bias) || !weight.defined()) return false;
+    PyObject *const stride = at(attributes, 3);
+    if (!stride) return true;  // a linear map
+    Geometry &g = geometry.emplace();
+    PyObject *const groups = at(attributes, 8), *const mode = at(attributes, 9);
+    if (!groups || !PyLong_CheckExact(groups) || !mode || !PyUnicode_Check(mode) || PyUnicode_Compare(mode, names[10]))
+      return false;
+    g.transposed = at(attributes, 7) == Py_True;
+    g.groups = PyLong_AsLongLong(groups);
+    if (g.groups == -1 && PyErr_Occurred()) throw python_error();
+    return sizes_of(stride, g.stride) && sizes_of(at(attributes, 4), g.padding) &&
+           sizes_of(at(attributes, 5), g.dilation) && sizes_of(at(attributes, 6), g.output_padding);
+  }
+};
+
+// layer(input, attributes of the map, map_adds_bias, parameters, rule, numbers)
+PyObject *layer(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 6 && PyDict_Check(given[1]), "expected input, attributes, map_adds_bias, weight, rule, numbers");
+  Tensor input;
+  Map map;
+  Asked a;
+  std::optional<Tensor> out;
+  if (tensor_of(given[0], input) && is_of(self, input) && map.is(given[1]) && a.is(given[3], given[4], given[5])) {
+    const bool map_adds = given[2] == Py_True;
+    py::gil_scoped_release others_run;
+    out = mapped(input, map.weight, map.geometry, map_adds, map.bias, a.weight, a.seed, a.rule);
+  }
   if (!out) Py_RETURN_NONE;
   return THPVariable_Wrap(std::move(*out));
   END_HANDLE_TH_ERRORS
@@ -587,6 +757,7 @@ template <bool IN_PLACE> PyObject *called(PyObject *self, PyObject *const *given
 PyMethodDef methods[] = {
     {"rectify", (PyCFunction)(void *)called<false>, METH_FASTCALL, nullptr},
     {"rectify_", (PyCFunction)(void *)called<true>, METH_FASTCALL, nullptr},
+    {"layer", (PyCFunction)(void *)layer, METH_FASTCALL, nullptr},
 };
 
 }  // namespace
@@ -594,10 +765,12 @@ PyMethodDef methods[] = {
 // What direct.py calls, with Python's lock held; until it has, everything is out of the ordinary.
 extern "C" {
 
-// (rectify, rectify_) of CPU tensors, or of CUDA tensors.
+// (rectify, rectify_, layer) of CPU tensors, or of CUDA tensors.
 PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context) {
   device_context = Py_NewRef(type_of_device_context);
-  return Py_BuildValue("(NN)", PyCFunction_New(&methods[0], is_cuda), PyCFunction_New(&methods[1], is_cuda));
+  return Py_BuildValue(
+      "(NNN)", PyCFunction_New(&methods[0], is_cuda), PyCFunction_New(&methods[1], is_cuda),
+      PyCFunction_New(&methods[2], is_cuda));
 }
 
 void fused_rect_direct_cpu(int (*entry)(const Call *)) { kernel = entry; }

@@ -25,10 +25,16 @@ POINTERS = ("x", "grad", "out", "bits", "bias", "weight", "seed", "partials", "f
 
 
 class Calls(NamedTuple):
-    """``(input, parameters, rule, numbers(rule), bias_added)`` -> the op's result; None, False: Python is to serve."""
+    """None, and rectify_'s False, say that Python is to serve; else it is the op's result, True or the layer's output.
+
+    rectify, rectify_: ``(input, parameters, rule, numbers(rule), bias_added)``
+    layer: ``(input, linear_map.__dict__, map_adds_bias, parameters, rule, numbers(rule))``, a module of torch's and the
+    op on its output; the bias in ``parameters`` is not looked at
+    """
 
     rectify: Any
     rectify_: Any
+    layer: Any
 
 
 def calls(device_type: str) -> Calls | None:

@@ -106,7 +106,7 @@ EPILOGUES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 def _in_python(step: Step) -> Step:
     def run() -> None:
-        direct, backends.direct = backends.direct, lambda on_gpu: None
+        direct, backends.direct = backends.direct, lambda like: None
         try:
             step()
         finally:

@@ -134,6 +134,7 @@ def test_who_adds_the_bias(linear_map, train, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, name, recorded)
     monkeypatch.setattr(fr.nn, "_TRANSPOSED", {2: recorded})
+    monkeypatch.setattr(fr.nn, "_ADDS_BIAS", {})  # what C++ calls cannot be seen: the test below is of it
     layer = of_layer(nn.Sequential(module, nn.ReLU()))
     x = torch.randn(shape)
     with torch.set_grad_enabled(train):
@@ -144,3 +145,9 @@ def test_who_adds_the_bias(linear_map, train, monkeypatch):
         torch.testing.assert_close(grad, (y > 0).sum(dims).to(grad.dtype))
     added_by_map = name == "linear" or x.device.type == "cpu"
     assert len(called) == 1 and (called[0] is not None) == added_by_map
+
+
+def test_calls_in_cpp_are_told_who_adds_the_bias():
+    linear = {kind: adds for kind, adds in fr.nn._ADDS_BIAS.items() if kind is nn.Linear}
+    assert set(linear.values()) == {(True, True)} and len(fr.nn._ADDS_BIAS) == 7
+    assert {adds for kind, adds in fr.nn._ADDS_BIAS.items() if kind not in linear} == {(True, False)}

@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import internals
 
@@ -80,9 +82,15 @@ def resolve(device_type: str) -> ModuleType:
     return _module(_wanted(), device_type)
 
 
-def direct(on_gpu: bool) -> Any:
-    """The ops for CUDA or CPU tensors without Python in between (kernels/direct.py); None where they are not there."""
-    return _direct(_wanted(), on_gpu)
+def direct(like: Tensor) -> Any:
+    """The ops on tensors like ``like`` without Python in between (`kernels.direct.Calls`); None where Python serves.
+
+    A call is worth few lines of Python: hence `_wanted`'s here.
+    """
+    if is_compiling() or not (like.is_cpu or like.is_cuda):
+        return None
+    wanted = internals.get_in_thread(_OWN) if internals.is_in_thread(_OWN) else _chosen
+    return _direct(wanted, like.is_cuda)
 
 
 def calls(device_type: str) -> str:

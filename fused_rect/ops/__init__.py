@@ -315,21 +315,16 @@ def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = Fa
     In C++ (kernels/direct.cpp) but where somebody listens (function transforms, modes, the tracer, profilers) or the
     tensors are unusual: a dispatch to the op costs a small rectifier several times its work.
     """
-    out: Tensor | None = None
-    if (input.is_cpu or input.is_cuda) and not torch.compiler.is_compiling():
-        direct = backends.direct(input.is_cuda)
-        if direct is not None:
-            out = direct.rectify(input, parameters, rule, numbers(rule), bias_added)
+    calls = backends.direct(input)
+    out: Tensor | None = None if calls is None else calls.rectify(input, parameters, rule, numbers(rule), bias_added)
     return rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added) if out is None else out
 
 
 def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     """The same for `rectify_`."""
-    if (input.is_cpu or input.is_cuda) and not torch.compiler.is_compiling():
-        direct = backends.direct(input.is_cuda)
-        if direct is not None and direct.rectify_(input, parameters, rule, numbers(rule), bias_added):
-            return
-    rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
+    calls = backends.direct(input)
+    if calls is None or not calls.rectify_(input, parameters, rule, numbers(rule), bias_added):
+        rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
 
 
 def _seeded(parameters: Parameters, input: Tensor, rule: Rule) -> Parameters:

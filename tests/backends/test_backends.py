@@ -77,7 +77,7 @@ def test_threads_do_not_see_each_others(monkeypatch):
     with fr.backend("eager"):
         assert in_thread(other) == ("triton", "native", "fused_rect.kernels.cpu")
         assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.backends.eager"
-        assert backends.direct(False) is None
+        assert backends.direct(torch.empty(0)) is None
 
 
 def test_contexts_that_overlap_in_two_threads_end():

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rectifying import RULES
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_rect as fr
 from fused_rect import backends, ops
 from fused_rect.kernels import cpu, direct
-from fused_rect.rules import PRELU, Parameters, Rule, leaky_relu, numbers
+from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu, numbers
 
 BACKEND = "triton" if os.environ.get("FUSED_RECT_BACKEND") == "triton" else "native"
 DEVICE = "cuda" if BACKEND == "triton" else "cpu"
 with fr.backend(BACKEND if DEVICE == "cuda" else "auto"):
-    DIRECT = backends.direct(DEVICE == "cuda") if DEVICE == "cuda" or cpu.available() else None
+    DIRECT = backends.direct(torch.empty(0, device=DEVICE)) if DEVICE == "cuda" or cpu.available() else None
 pytestmark = [
     pytest.mark.ptx,
     pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {direct.why(DEVICE)}"),
@@ -219,7 +220,7 @@ def test_whoever_listens_sees_the_op(observed, monkeypatch):
 
     x, bias = torch.randn(2, 3, 4), torch.randn(3)
     calls = []
-    taken = backends.direct(DEVICE == "cuda")
+    taken = backends.direct(x)
 
     def watched(*args):
         out = taken.rectify(*args)
@@ -227,7 +228,7 @@ def test_whoever_listens_sees_the_op(observed, monkeypatch):
             calls.append("direct")
         return out
 
-    monkeypatch.setattr(backends, "direct", lambda on_gpu: direct.Calls(watched, taken.rectify_))
+    monkeypatch.setattr(backends, "direct", lambda like: taken._replace(rectify=watched))
 
     def run(x, bias=bias):
         return fr.functional.bias_leaky_relu(x, bias)
@@ -375,7 +376,7 @@ def test_without_the_library_python_serves(monkeypatch):
     backends._forget()
     x = torch.randn(2, 3, requires_grad=True)
     fr.functional.bias_relu(x).sum().backward()
-    assert torch.equal(x.grad, (x > 0).float()) and backends.direct(DEVICE == "cuda") is None
+    assert torch.equal(x.grad, (x > 0).float()) and backends.direct(x) is None
     assert backends.calls(DEVICE) == "Python, slower for small tensors: no headers"
     monkeypatch.undo()
     backends._forget()
@@ -404,6 +405,143 @@ except (RuntimeError, MemoryError) as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+# ---- whole layers ----
+
+LAYERS = {
+    "linear": (fr.nn.LinearReLU, (6, 4), {}, (5, 6)),
+    "linear of images": (fr.nn.LinearLeakyReLU, (6, 4), {}, (2, 3, 5, 6)),
+    "no bias": (fr.nn.LinearRReLU, (6, 4), {"bias": False}, (5, 6)),
+    "conv1d": (fr.nn.ConvPReLU1d, (4, 6, 3), {"stride": 2, "padding": 1}, (2, 4, 9)),
+    "conv2d": (fr.nn.ConvLeakyReLU2d, (4, 6, (3, 2)), {"dilation": (1, 2), "groups": 2}, (2, 4, 7, 8)),
+    "conv3d": (fr.nn.ConvRReLU3d, (2, 4, 2), {}, (2, 2, 3, 4, 5)),
+    "transposed": (fr.nn.ConvTransposeReLU2d, (4, 6, 3), {"stride": 2, "output_padding": 1}, (2, 4, 3, 4)),
+}
+
+
+def made(kind, needs, dtype=torch.float32):
+    layer, arguments, options, shape = LAYERS[kind]
+    torch.manual_seed(5)
+    built = layer(*arguments, **options).to(dtype)
+    x = torch.randn(shape, dtype=dtype).requires_grad_("x" in needs)
+    for name, parameter in built.named_parameters():
+        parameter.requires_grad_({"0.weight": "m", "0.bias": "b", "1.weight": "w"}[name] in needs)
+    return built, x
+
+
+def called(layer, x):
+    """Output and gradients, and the random number that follows."""
+    torch.manual_seed(8)
+    y = layer(x)
+    leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(y, leaves, torch.randn_like(y)) if leaves else ()
+    return [y, *grads, torch.rand(1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("needs", ["", "x", "b", "m", "w", "xmbw"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_in_one_call_equals_its_two(kind, needs, dtype, monkeypatch):
+    layer, x = made(kind, needs, dtype)
+    taken = []
+    one = DIRECT._replace(layer=lambda *args: taken.append(DIRECT.layer(*args)) or taken[-1])
+    monkeypatch.setattr(backends, "direct", lambda like: one)
+    got = called(layer, x)
+    assert taken and taken[0] is not None
+    monkeypatch.setattr(backends, "direct", lambda like: DIRECT._replace(layer=lambda *args: None))
+    for a, b in zip(got, called(layer, x), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride() and a.requires_grad == b.requires_grad
+
+
+class OfItsOwn(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight, bias) + 1
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer[0], "weight", 0.5)
+    return layer
+
+
+def pruned_bias(layer):
+    prune.l1_unstructured(layer[0], "bias", 0.5)
+    return layer
+
+
+def parametrized(layer):
+    nn.utils.parametrizations.weight_norm(layer[0])
+    return layer
+
+
+def of_its_own(layer):
+    layer[0] = OfItsOwn(2, 3, 3)
+    return layer
+
+
+def padded(layer):
+    layer[0].padding = "same"
+    return layer
+
+
+def reflected(layer):
+    layer[0] = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    return layer
+
+
+def of_a_subclass(layer):
+    layer[0].weight = nn.Parameter(layer[0].weight.detach().as_subclass(Watched))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [pruned, pruned_bias, parametrized, of_its_own, padded, reflected, of_a_subclass],
+    ids=lambda f: f.__name__,
+)
+def test_an_unusual_layer_is_left_to_python(unusual, monkeypatch):
+    layer, x = unusual(fr.nn.ConvReLU2d(2, 3, 3)), torch.randn(1, 2, 5, 5)
+    results = []
+    one = DIRECT._replace(layer=lambda *args: results.append(DIRECT.layer(*args)))
+    monkeypatch.setattr(backends, "direct", lambda like: one)
+    torch.testing.assert_close(layer(x), torch.relu(layer[0](x)))
+    assert set(results) <= {None}
+
+
+def test_unusual_tensors_are_left_to_python():
+    conv, linear = fr.nn.ConvReLU2d(2, 3, 3), fr.nn.LinearReLU(2, 3)
+
+    def left(layer, x):
+        return DIRECT.layer(x, layer[0].__dict__, DEVICE == "cpu", Parameters(), RELU, numbers(RELU)) is None
+
+    x = torch.randn(1, 2, 5, 5)
+    assert not left(conv, x) and not left(linear, torch.randn(4, 2))
+    assert left(conv, x[0]) and left(conv, x.double()) and left(conv, x.as_subclass(Watched)) and left(conv, x.int())
+    assert left(linear, torch.randn(2)) and left(linear, torch.randn(4, 2).half())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert left(conv, x)
+    with torch.profiler.profile():
+        assert left(conv, x)
+    assert not torch.func.vmap(lambda t: torch.tensor(left(conv, t)))(x.expand(3, 1, 2, 5, 5)).logical_not().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 3, 3)])
+def test_what_only_the_output_shows_is_the_dispatchers(shape):
+    """An empty output is none of the kernels'."""
+    layer = fr.nn.ConvRReLU2d(2, 3, 3)
+    y = layer(torch.randn(shape, requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (shape[0], 3, shape[2] - 2, shape[3] - 2)
+
+
+def test_errors_of_a_layer_are_torchs():
+    layer, twin = fr.nn.ConvReLU2d(2, 3, 3), nn.Conv2d(2, 3, 3)
+    for shape in ((1, 3, 5, 5), (1, 2, 2, 2)):
+        with pytest.raises(RuntimeError) as wanted:
+            twin(torch.randn(shape))
+        with pytest.raises(RuntimeError) as got:
+            layer(torch.randn(shape))
+        assert str(got.value) == str(wanted.value)
 
 
 # ---- on a GPU: launches ----
@@ -526,7 +664,7 @@ def test_what_triton_does_not_compile_at_once_is_left_to_it(monkeypatch):
 
 def test_other_devices_are_not_asked_about(monkeypatch):
     """Nor are the CPU's kernels built for them."""
-    monkeypatch.setattr(backends, "direct", lambda on_gpu: pytest.fail("asked"))
+    monkeypatch.setattr(backends, "_direct", lambda wanted, on_gpu: pytest.fail("asked"))
     x = torch.empty(2, 3, device="meta")
     with fr.backend("auto"):
         fr.functional.bias_relu_(x)

@@ -30,7 +30,7 @@ def test_seconds_are_the_processs_and_ratios_those_of_a_round():
 def test_every_rectifier_is_there_and_each_way_is_the_one_named(monkeypatch):
     assert set(overhead.EPILOGUES) == {row.module for row in RULES.values()}
     taken = []
-    monkeypatch.setattr(backends, "direct", lambda on_gpu: taken.append(on_gpu))
+    monkeypatch.setattr(backends, "direct", lambda like: taken.append(like))
     for case in overhead.cases():
         if case.device != "cpu" or "Conv" in case.what or "Linear" in case.what:
             continue
