@@ -120,6 +120,8 @@ MUTANTS = [
     Mutant(WAITING, "changed in place is as it was", "first._version == version):", "True):"),
     Mutant(WAITING, "BatchNorm in training is folded", 'norm == "evaluation"):', "norm):"),
     Mutant(WAITING, "a hook holds nothing", "        and len(module._forward_hooks) == 1\n", ""),
+    Mutant(WAITING, "a hook of all modules holds nothing", "        and not hooks_on_all()\n", ""),
+    Mutant(HOLDERS, "hooks of all modules see what is tried", " and not hooks_on_all():", ":"),
     Mutant(WAITING, "a forward of its own gives new memory", "type(module).forward in _FORWARDS", "True"),
     Mutant(WAITING, "small outputs are fused", "    if small:\n", "    if False:\n"),
     Mutant(WAITING, "small outputs use up the tries", "kind = 2 * module.training + small", "kind = module.training"),

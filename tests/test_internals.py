@@ -108,3 +108,12 @@ def test_what_is_stashed_for_a_thread_is_as_referenced_as_before():
     assert internals.get_in_thread("fused_rect_test") is value
     internals.stash_in_thread("fused_rect_test", None)
     assert sys.getrefcount(value) == before
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_are_noticed(kind):
+    assert not internals.hooks_on_all()
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
+    assert internals.hooks_on_all()
+    handle.remove()
+    assert not internals.hooks_on_all()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..internals import CALLS
+from ..internals import CALLS, hooks_on_all
 
 _QUIET = ("PRECALL", "KW_NAMES", "CACHE", "PUSH_NULL")
 _CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD")
@@ -90,8 +90,8 @@ class _Probe(Tensor):
 
 def _expected() -> dict[Any, int]:
     """References to a tensor that nobody but the call holds, by function and frames between; none where the first call
-    finds that calls add some of their own."""
-    if not _measured and _calls_hand_over():
+    finds that calls add some of their own, or that hooks of all modules would see what is tried."""
+    if not _measured and _calls_hand_over() and not hooks_on_all():
         weight = torch.empty(1)
         calls = [*(m() for m in _MODULES), *_FUNCTIONS, torch.relu, lambda t: torch.prelu(t, weight)]
         found = [rectify(torch.empty(0).as_subclass(_Probe)) for rectify in calls]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..internals import jit_tracing, transforms_active, without_subclasses
+from ..internals import hooks_on_all, jit_tracing, transforms_active, without_subclasses
 from ..ops.checks import FLOATING
 from .holders import is_last_reader
 from .twins import TWINS, Twin, rectify
@@ -239,6 +239,7 @@ def _is_torchs_own(module: Any) -> bool:
         and getattr(type(module), "_conv_forward", None) in _CONV_FORWARDS
         and not ("forward" in own or "_conv_forward" in own)
         and len(module._forward_hooks) == 1
+        and not hooks_on_all()
     )
 
 

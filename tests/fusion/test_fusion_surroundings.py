@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -308,6 +309,87 @@ def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
     with torch.set_grad_enabled(grad):
         model(x)
     assert seen[0] != seen[1]
+
+
+def keeps(method):
+    """``method`` of a map, and another tensor over the memory of what it returns."""
+
+    def call(self, *args):
+        kept = method(self, *args)
+        self.kept = kept.clone(), kept
+        return kept.data
+
+    return call
+
+
+class Forward(nn.Conv2d):
+    forward = keeps(nn.Conv2d.forward)
+
+
+class Convolved(nn.Conv2d):
+    _conv_forward = keeps(nn.Conv2d._conv_forward)
+
+
+class Mapped(nn.Linear):
+    forward = keeps(nn.Linear.forward)
+
+
+def of_an_instance(name):
+    conv = nn.Conv2d(3, 4, 1)
+    setattr(conv, name, types.MethodType(keeps(getattr(nn.Conv2d, name)), conv))
+    return conv
+
+
+MAPS = {
+    "forward": lambda: Forward(3, 4, 1),
+    "_conv_forward": lambda: Convolved(3, 4, 1),
+    "linear": lambda: Mapped(5, 4),
+    "an instance's forward": lambda: of_an_instance("forward"),
+    "an instance's _conv_forward": lambda: of_an_instance("_conv_forward"),
+}
+
+
+@pytest.mark.parametrize("make", MAPS.values(), ids=MAPS)
+@torch.no_grad()
+def test_memory_that_a_map_keeps_is_not_written_over(make):
+    model = fr.fuse(nn.Sequential(make(), nn.ReLU()))
+    for _ in range(3):
+        y = model(torch.randn(2, 3, 5, 5))
+        before, kept = model[0].kept
+        assert (kept < 0).any() and torch.equal(kept, before) and torch.equal(y, before.relu())
+        assert fusion.report(model)[0].fused
+
+
+GLOBAL = torch.nn.modules.module
+
+
+@pytest.mark.parametrize("rectifier", [nn.ReLU(), F.relu, nn.PReLU()])
+@pytest.mark.parametrize("measured", [False, True])
+@torch.no_grad()
+def test_hooks_of_all_modules_see_the_models_own_calls_and_keep_what_they_keep(rectifier, measured, monkeypatch):
+    monkeypatch.setattr(holders, "_measured", {})
+    model, x, seen, kept = fr.fuse(Held()), torch.randn(2, 3, 4, 4), [], []
+
+    if measured:
+        model(x, 1, F.relu)
+
+    def keep(module, args, output):
+        seen.append(module)
+        if isinstance(output, torch.Tensor):
+            kept.append((output.detach(), output.clone()))
+
+    handles = [
+        GLOBAL.register_module_forward_hook(keep),
+        GLOBAL.register_module_forward_pre_hook(lambda module, args: seen.append(module)),
+    ]
+    try:
+        for _ in range(3):
+            model(x, 1, lambda z: rectifier(model.conv(x)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert {*seen} == {model, model.conv, *([rectifier] if isinstance(rectifier, nn.Module) else [])}
+    assert len(kept) >= 6 and all(torch.equal(one, copied) for one, copied in kept)
 
 
 class Held(nn.Module):
