@@ -103,8 +103,12 @@ without_subclasses: Any = torch._C.DisableTorchFunctionSubclass  # a context in 
 
 # ---- modules
 
-hooks_on_all = _module._has_any_global_hook  # whether hooks of all modules are registered, which run before its own
 CALLS = (_module.Module.__call__, _module.Module._call_impl)  # what runs between a call of a module and its forward
+
+
+def hooks_on_all() -> bool:
+    """Whether hooks of all modules are registered; they run before a module's own."""
+    return bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 # ---- Inductor
