@@ -136,13 +136,17 @@ class Need(NamedTuple):
 
 def numbers(rule: Rule) -> tuple[int, float, float]:
     """What C++ knows a rule by, its number and constants: a call's, in 0.2 us."""
-    return _numbers(rule, math.copysign(1.0, rule.lower))
+    return _numbers(rule, signs(rule))
 
 
 @functools.lru_cache(1024)
-def _numbers(rule: Rule, sign: float) -> tuple[int, float, float]:
-    """``sign``: of the lower bound, since slopes of 0 and -0 are equal as keys and give zeros of other signs."""
+def _numbers(rule: Rule, signs: tuple[float, float]) -> tuple[int, float, float]:
     return rule.number, *rule.constants
+
+
+def signs(rule: Rule) -> tuple[float, float]:
+    """Of the bounds, for keys that a rule is part of: 0 and -0 are equal there, and give zeros of other signs."""
+    return math.copysign(1.0, rule.lower), math.copysign(1.0, rule.upper)
 
 
 RELU = Rule.default("relu")

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from ..reference import computed_in
-from ..rules import Need, Parameters, Rule
+from ..rules import Need, Parameters, Rule, signs
 from . import reduce
 from .compiled import Launchable, launchable
 from .plan import THREADS, VECTOR, Plan, channel_layout, plan
@@ -104,7 +104,6 @@ def _rectify_call(like: Tensor, parameters: Parameters, rule: Rule, need: Need) 
     return rectify_call(like.shape, like.stride(), like.dtype, rule, parameters.bias is not None, weight, need)
 
 
-@functools.lru_cache(maxsize=4096)
 def rectify_call(
     shape: Shape, stride: Shape, dtype: torch.dtype, rule: Rule, bias: bool, weight: int, need: Need
 ) -> Call:
@@ -112,6 +111,13 @@ def rectify_call(
 
     ``bias``: whether there is one; ``weight``: its length, 0 if there is none.
     """
+    return _known_call(shape, stride, dtype, rule, signs(rule), bias, weight, need)
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_call(
+    shape: Shape, stride: Shape, dtype: torch.dtype, rule: Rule, signs: Any, bias: bool, weight: int, need: Need
+) -> Call:
     sums_bias = need.bias is not None
     by_channel = bias or sums_bias or weight > 1
     channels, inner = channel_layout(shape, stride) if by_channel else (1, math.prod(shape))

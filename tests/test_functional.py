@@ -213,3 +213,22 @@ def test_evaluation_keeps_no_seed():
         fr.functional.bias_rrelu(x, seed=fr.random.new_seed())
         fr.functional.linear_rrelu(x, torch.randn(4, 3), seed=fr.random.new_seed())
     assert kept and torch.int64 not in kept
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("rule", ["leaky_relu", "rrelu"])
+def test_a_bound_of_minus_zero_is_not_taken_for_zero(rule, trains, path):
+    """Equal as numbers, and so as keys of what is kept; zeros of the other sign."""
+    x, seed = -torch.ones(2, 3), fr.random.new_seed()
+    for bounds in ((0.0, 0.0), (-0.0, -0.0), (-0.0, 0.0), (0.0, 0.0), (-0.0, -0.0)):
+        z = x.clone().requires_grad_(trains)
+        if rule == "leaky_relu":
+            y, slope = fr.functional.bias_leaky_relu(z, None, bounds[1]), torch.tensor(bounds[1])
+        else:  # drawn ones are of both signs, by the bits of the seed
+            y = fr.functional.bias_rrelu(z, None, *bounds, training=True, seed=seed)
+            slope = fr.random.slopes(seed, x.shape, *bounds)
+        expected = x * slope
+        assert torch.equal(y, expected) and torch.equal(y.signbit(), expected.signbit()), bounds
+        if trains:
+            (grad,) = torch.autograd.grad(y, z, torch.ones_like(y))
+            assert torch.equal(grad.signbit(), slope.expand_as(grad).signbit()), bounds

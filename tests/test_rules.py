@@ -63,3 +63,5 @@ def test_the_sign_of_a_slope_of_zero_is_not_lost_in_the_numbers_that_are_kept():
     """0.0 == -0.0, so one would be found under the other's name; their zeros differ in sign."""
     for slope in (-0.0, 0.0, -0.0):
         assert math.copysign(1, rules.numbers(rules.leaky_relu(slope))[1]) == math.copysign(1, slope)
+    for upper in (0.0, -0.0, 0.0):
+        assert math.copysign(1, rules.numbers(Rule("rrelu", -0.0, upper))[2]) == math.copysign(1, upper)

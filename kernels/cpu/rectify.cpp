@@ -303,7 +303,7 @@ template <class A> struct Slopes {
   }
 
   V multiply_add(V word) const {
-    const V x = V{} + scale, y = V{} + middle;
+    const V x = scale - V{}, y = middle - V{};  // 0 + -0 would be 0
 #if VECTOR_BYTES == 64
     if constexpr (sizeof(A) == 4) return (V)_mm512_fmadd_ps((__m512)word, (__m512)x, (__m512)y);
     else return (V)_mm512_fmadd_pd((__m512d)word, (__m512d)x, (__m512d)y);

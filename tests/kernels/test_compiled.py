@@ -93,7 +93,7 @@ def test_hooks_of_the_kernel_are_called(bound):
 def test_what_is_not_compiled_at_once_is_left_to_triton(bound, monkeypatch):
     """A hook of the compiler's may refuse, and answer later."""
     monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *args, **kwargs: None)
-    launch.rectify_call.cache_clear()
+    launch._known_call.cache_clear()
     launch.finish_call.cache_clear()
     step(torch.randn(2, 3, 7), torch.randn(3))
     assert bound == ["rectify", "rectify", "finish"]

@@ -254,7 +254,7 @@ def is_near_float64(call):
 @pytest.fixture
 def tiles_of_large_tensors(monkeypatch):
     """The planner as it is where programs are many."""
-    caches = planner.plan, launch.rectify_call
+    caches = planner.plan, launch._known_call
     monkeypatch.setattr(planner, "ENOUGH_PROGRAMS", 1)
     for cached in caches:
         cached.cache_clear()
