@@ -40,7 +40,7 @@ test: lint  ## all but the long sweeps
 test-all: lint  ## everything
 	$(RUN) -m pytest -n 2
 
-# Other versions of torch and Python, gigabytes and ten minutes each, e.g. make test-versions VERSIONS="2.11.0 -- -x".
+# Other versions of torch and Python, gigabytes and a quarter of an hour each, e.g. make test-versions VERSIONS="2.11.0 -- -x".
 test-versions: setup  ## the tests on the oldest and the newest torch
 	$(RUN) tests/versions.py $(VERSIONS)
 

@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             place = options.folder / f"torch-{version.torch}-python-{version.python}"
             print(f"{version}: {place if place.exists() else 'not installed'}")
             continue
-        print(f"{version}: 3 to 7 GB in {options.folder} at first use, then 10 minutes on two cores", flush=True)
+        print(f"{version}: 3 to 7 GB in {options.folder} at first use, then 15 minutes on two idle cores", flush=True)
         try:
             python = environment(version, options.folder)
         except Unavailable as reason:
