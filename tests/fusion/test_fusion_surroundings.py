@@ -311,6 +311,27 @@ def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_prelu_writes_over_the_output_where_no_backward_reads_it(grad):
+    """In place in training, it would copy what its backward reads: a pass more, and no memory less."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 3, 1), nn.PReLU()
+
+        def forward(self, x):
+            x = self.conv(x)
+            before = x.data_ptr()
+            x = self.act(x)
+            return x, x.data_ptr() == before
+
+    model = fr.fuse(Model())
+    with torch.set_grad_enabled(grad):
+        y, same = model(torch.randn(2, 3, 4, 4))
+    assert same is not grad and fusion.report(model)[0].fused and y.requires_grad is grad
+
+
 def keeps(method):
     """``method`` of a map, and another tensor over the memory of what it returns."""
 
