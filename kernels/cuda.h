@@ -119,7 +119,7 @@ using Planned = std::shared_ptr<const Plan>;  // null: Triton's launcher serves
 
 // Never destroyed: autograd's threads may outlive the library's static objects.
 struct Known {
-  static constexpr size_t most = 4096;  // plans; a program of more shapes than that begins again
+  size_t most = 4096;  // plans; a program of more shapes than that begins again
   std::shared_mutex lock;
   std::unordered_map<Key, Planned, Hash> plans;
   std::map<std::pair<int, int64_t>, void *> streams;  // torch's pool keeps its streams; an external one is its own id

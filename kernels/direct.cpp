@@ -37,7 +37,8 @@ using torch::autograd::variable_list;
 
 int (*kernel)(const Call *) = nullptr;  // rectify.cpp's entry, where CPU tensors are served
 PyObject *host = nullptr;               // direct.py's Host, where CUDA tensors are served
-PyObject *runtime = nullptr;            // where Triton keeps its hooks
+PyObject *runtime = nullptr;            // where Triton keeps its hooks,
+PyObject *kernels = nullptr;            // and kernels keep their own
 PyObject *device_context = nullptr;     // the type of torch.device as a context, which says where new tensors go
 
 // rules.py's Rule, and its number and constants: Python's table hands them over with each call.
@@ -296,7 +297,8 @@ void execute(Ready &c, const Tensor &like, const Tensor &grad_weight = {}) {
       OutOfMemoryError, kernel(&c) == done, "no memory for the sums of a rectifier on a tensor of ", c.n, " elements");
 }
 
-// Whether somebody is told of Triton's launches, or changes how it compiles: compiled.py's `hooked`. Python's lock is held.
+// Whether somebody is told of Triton's launches, or changes how it compiles: compiled.py's `hooked`, and the kernels'
+// own hooks. Python's lock is held.
 bool hooked() {
   static PyObject *const names[] = {
       PyUnicode_InternFromString("launch_enter_hook"), PyUnicode_InternFromString("launch_exit_hook"),
@@ -309,6 +311,14 @@ bool hooked() {
     const auto chain = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook.ptr(), calls));
     if (!chain) PyErr_Clear();
     if (!chain || PyObject_Size(chain.ptr()) != 0) return true;
+  }
+  static PyObject *const own = PyUnicode_InternFromString("pre_run_hooks");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kernels); i++) {
+    const auto chain = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyTuple_GET_ITEM(kernels, i), own));
+    if (!chain || PyObject_Size(chain.ptr()) != 0) {
+      PyErr_Clear();
+      return true;
+    }
   }
   return false;
 }
@@ -346,7 +356,8 @@ Gradients backward(
       is_bits ? kept.dim() == 1 && kept.numel() == (grad.numel() + 7) / 8 && kept.is_contiguous() && !rule.learned()
               : kept.scalar_type() == grad.scalar_type() && kept.sizes() == grad.sizes() && kept.strides() == strides;
   std::optional<Ready> found;
-  if (fit && plain(kept) && kept.device() == grad.device() && plain(grad) && !at::GradMode::is_enabled() && nobody_listens()) {
+  if (fit && plain(kept) && kept.device() == grad.device() && plain(grad) && !at::GradMode::is_enabled() &&
+      nobody_listens()) {
     if (grad.strides() != strides)  // an expanded one, say
       grad = at::empty_strided(grad.sizes(), strides, grad.options()).copy_(grad);
     found = call_on(grad, bias, weight, rule);
@@ -550,7 +561,8 @@ std::optional<Tensor> run(
   auto call = call_on(input, bias, weight, rule);
   if (!call || (in_place && (overlap(bias, input) || overlap(weight, input)))) return {};
   if (bias_added) call->bias = nullptr;  // it is there for its gradient alone
-  const bool recorded = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
+  const bool recorded =
+      at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
   // Leaves and views are autograd's difficult cases, and in-place PReLU keeps a copy: all in ops/autograd.py.
   if (recorded && below_autograd(input)) return {};
   if (in_place && input.is_inference() && !c10::InferenceMode::is_enabled()) return {};
@@ -574,13 +586,15 @@ std::optional<Tensor> run(
 // As run, of a tensor that is there already: what `run` leaves to Python goes there through the dispatcher.
 Tensor finished(
     const Tensor &z, const Tensor &bias, const Tensor &weight, Tensor seed, const Rule &rule, bool bias_added) {
-  const bool recorded = at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({z, bias, weight});
+  const bool recorded =
+      at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({z, bias, weight});
   const bool in_place = !(recorded && rule.learned());  // whose backward reads z
   if (auto out = run(z, bias, weight, seed, rule, bias_added, in_place)) return *out;
   if (draws(rule, seed)) seed = new_seed(z);
   auto &dispatcher = c10::Dispatcher::singleton();
-  using Rectify = Tensor(const Tensor &, const Maybe &, const Maybe &, const Maybe &, std::string_view, double, double, bool);
-  using InPlace = void(Tensor &, const Maybe &, const Maybe &, const Maybe &, std::string_view, double, double, bool);
+  using P = const Maybe &;
+  using Rectify = Tensor(const Tensor &, P, P, P, std::string_view, double, double, bool);
+  using InPlace = void(Tensor &, P, P, P, std::string_view, double, double, bool);
   static const auto rectify = dispatcher.findSchemaOrThrow("fused_rect::rectify", "").typed<Rectify>();
   static const auto rectify_ = dispatcher.findSchemaOrThrow("fused_rect::rectify_", "").typed<InPlace>();
   if (!in_place)
@@ -775,10 +789,13 @@ PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context)
 
 void fused_rect_direct_cpu(int (*entry)(const Call *)) { kernel = entry; }
 
+// How many plans are kept.
+void fused_rect_direct_keep(size_t most) { cuda::Known::all().most = most; }
+
 // Whether CUDA's driver is there.
-int fused_rect_direct_cuda(PyObject *h, PyObject *r) {
+int fused_rect_direct_cuda(PyObject *h, PyObject *r, PyObject *k) {
   if (!cuda::driver().found) return false;
-  if (!host) runtime = Py_NewRef(r), host = Py_NewRef(h);
+  if (!host) runtime = Py_NewRef(r), kernels = Py_NewRef(k), host = Py_NewRef(h);
   return true;
 }
 }

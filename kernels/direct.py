@@ -70,11 +70,12 @@ def _obstacle() -> str:
     from triton import knobs
 
     from .rectify import rectify
+    from .reduce import finish
 
     if not isinstance(rectify, triton.JITFunction):
         return "TRITON_INTERPRET is set"
-    offer = _function("fused_rect_direct_cuda", ctypes.c_int, ctypes.py_object, ctypes.py_object)
-    if not offer(Host(), knobs.runtime):
+    offer = _function("fused_rect_direct_cuda", ctypes.c_int, *[ctypes.py_object] * 3)
+    if not offer(Host(), knobs.runtime, (rectify, finish)):
         return "libcuda.so.1 is not to be found"
     return ""
 

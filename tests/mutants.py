@@ -396,6 +396,10 @@ MUTANTS = [
     Mutant(DIRECT, "plans of other constants", "std::bit_cast<int64_t>(rule.second)})", "(int64_t)0})"),
     Mutant(DIRECT, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"),
     Mutant(DIRECT, "hooks overlooked in forward", "input.is_cuda() && !hooked()", "input.is_cuda()"),
+    Mutant(DIRECT, "a kernel's own hooks overlooked", "i < PyTuple_GET_SIZE(kernels)", "i < 0"),
+    Mutant(DIRECT, "an autocast map as it is", " || under_autocast(input)) return {};", ") return {};"),
+    Mutant(DIRECT, "a padded map as it is", " || PyUnicode_Compare(mode, names[10]))", ")"),
+    Mutant(DIRECT, "a map's bias added twice", "const bool added = map_adds && of_bias;", "const bool added = false;"),
     Mutant(DIRECT, "hooks overlooked in backward", "(grad.is_cuda() && ask(", "(false && ask("),
     Mutant(
         CUDA,

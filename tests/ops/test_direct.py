@@ -651,6 +651,43 @@ def test_hooks_of_launches_send_them_through_triton():
 
 
 @on_gpu
+def test_hooks_of_a_kernel_that_come_after_its_first_call_are_called():
+    from fused_rect.kernels import rectify as kernels
+    from fused_rect.kernels import reduce
+
+    tensors = arguments((2, 3, 5), torch.float32, LEAKY)
+    y = rectify(tensors, LEAKY)
+    for kernel in (kernels.rectify, reduce.finish):
+        seen = []
+        kernel.add_pre_run_hook(lambda *args, seen=seen, **kwargs: seen.append(args))
+        try:
+            assert rectify(tensors, LEAKY) is None
+            y.sum().backward(retain_graph=True)
+            assert seen
+        finally:
+            kernel.pre_run_hooks.clear()
+    assert rectify(tensors, LEAKY) is not None
+
+
+@on_gpu
+def test_more_plans_than_are_kept(monkeypatch):
+    """The shape that comes after the last that is kept begins anew, and all are right."""
+    import ctypes
+
+    planned, plan = [], direct.Host.plan
+    monkeypatch.setattr(direct.Host, "plan", lambda self, *args: planned.append(args[1]) or plan(self, *args))
+    keep = direct._function("fused_rect_direct_keep", None, ctypes.c_size_t)
+    keep(2)
+    try:
+        for n in (31, 32, 33, 31, 31):  # shapes of no other test
+            x = torch.randn(2, n)
+            assert torch.equal(rectify((x, None, None, None), LEAKY), torch.where(x > 0, x, x * 0.1))
+    finally:
+        keep(4096)
+    assert [shape[1] for shape in planned] == [31, 32, 33, 31]
+
+
+@on_gpu
 def test_what_triton_does_not_compile_at_once_is_left_to_it(monkeypatch):
     import triton
 
