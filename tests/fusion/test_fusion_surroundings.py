@@ -311,6 +311,39 @@ def test_a_rectifier_that_reads_last_writes_over_the_output(grad):
     assert seen[0] != seen[1]
 
 
+LAYOUTS = {
+    "a part": lambda z: z[..., ::2],
+    "transposed": lambda z: z.transpose(2, 3),
+    "permuted": lambda z: z.permute(1, 3, 0, 2),
+    "expanded": lambda z: z[:, :1].expand_as(z),
+    "channels last": lambda z: z.contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_map_that_returns_another_layout_has_eagers_strides(lay, inplace, grad):
+    class Laid(nn.Conv2d):
+        def forward(self, x):
+            return lay(super().forward(x))
+
+    model, x = nn.Sequential(Laid(3, 3, 1), nn.LeakyReLU(0.2, inplace)), torch.randn(2, 3, 4, 6)
+    results = []
+    for run in (copy.deepcopy(model), fr.fuse(model)):
+        with torch.set_grad_enabled(grad):
+            try:
+                y = run(x)
+                results.append((y.stride(), y))
+            except RuntimeError as error:
+                assert inplace and "more than one element" in str(error)
+                results.append((str(error), x))
+    torch.testing.assert_close(results[0][1], results[1][1])
+    assert results[0][0] == results[1][0]
+    if not inplace:  # ours would copy what does not lie densely
+        assert fused_calls(model, x) == (lay is LAYOUTS["channels last"])
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_prelu_writes_over_the_output_where_no_backward_reads_it(grad):
     """In place in training, it would copy what its backward reads: a pass more, and no memory less."""
