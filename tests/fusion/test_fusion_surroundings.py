@@ -344,6 +344,17 @@ def test_a_map_that_returns_another_layout_has_eagers_strides(lay, inplace, grad
         assert fused_calls(model, x) == (lay is LAYOUTS["channels last"])
 
 
+@pytest.mark.parametrize(
+    "mapping, shape",
+    [(nn.Conv2d(3, 3, 1), (3, 4, 4)), (nn.Linear(4, 4), (2, 3, 4)), (nn.ConvTranspose2d(3, 3, 1), (3, 4, 4))],
+)
+def test_an_output_that_is_a_view_is_not_written_over(mapping, shape):
+    """Autograd would follow its base: a node more, and a result that is a view."""
+    x = torch.randn(shape)
+    assert mapping(x)._base is not None
+    assert fr.fuse(nn.Sequential(mapping, nn.LeakyReLU()))(x)._base is None
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_prelu_writes_over_the_output_where_no_backward_reads_it(grad):
     """In place in training, it would copy what its backward reads: a pass more, and no memory less."""
