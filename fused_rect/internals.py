@@ -103,7 +103,16 @@ without_subclasses: Any = torch._C.DisableTorchFunctionSubclass  # a context in 
 
 # ---- modules
 
-CALLS = (_module.Module.__call__, _module.Module._call_impl)  # what runs between a call of a module and its forward
+MODULE_CALLS = (
+    _module.Module.__call__,
+    _module.Module._call_impl,
+)  # what runs between a call of a module and its forward
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody's code runs beside the forward of ``module``."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or any((_module._global_forward_hooks, _module._global_forward_pre_hooks))
 
 
 def hooks_on_all() -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import Parameters, Rule
+from .rules import Norm, Parameters, Rule
 
 ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -102,6 +102,16 @@ def add_bias(input: Tensor, bias: Tensor | None) -> Tensor:
     """input + bias along dim 1, in float32 for 16-bit inputs."""
     z = input.to(computed_in(input.dtype))
     return z if bias is None else z + along_channels(bias, z)
+
+
+def normalize(input: Tensor, norm: Norm, bias: Tensor | None) -> Tensor:
+    """norm(input) + bias as input * scale + shift, in float32 for 16-bit inputs. Ioffe and Szegedy 2015."""
+    z = input.to(computed_in(input.dtype))
+    scale = (along_channels(norm.var, z) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * along_channels(norm.weight, z)
+    shift = (0 if bias is None else along_channels(bias, z)) - along_channels(norm.mean, z) * scale
+    return z * scale + shift
 
 
 def along_channels(parameter: Tensor, like: Tensor) -> Tensor:

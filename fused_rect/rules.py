@@ -127,6 +127,15 @@ class Parameters(NamedTuple):
     seed: Any = None
 
 
+class Norm(NamedTuple):
+    """A BatchNorm in evaluation but for its bias: running statistics (C,), its weight (C,) or None, and eps."""
+
+    mean: Any
+    var: Any
+    weight: Any
+    eps: float
+
+
 class Need(NamedTuple):
     """Which sums backward is to make: ``bias`` is the dtype of the bias's gradient, or None for none."""
 

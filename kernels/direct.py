@@ -22,6 +22,7 @@ from .cpu import build
 # As call.h numbers them; the bits and the seed besides.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POINTERS = ("x", "grad", "out", "bits", "bias", "weight", "seed", "partials", "first", "second")  # as in cuda.h
+NORM = ("mean", "var", "norm_weight")  # the kernel's last pointers, of which C++ knows nothing
 
 
 class Calls(NamedTuple):
@@ -131,10 +132,10 @@ class Host:
         compute = new(computed_in(dtype)) if outputs else None
         tensors = (
             pointer(0, dtype), pointer(1, dtype), pointer(2, dtype) or new(dtype), new(torch.uint8) if bits else None,
-            bias, weight, pointer(5, torch.int64), compute,
+            bias, weight, pointer(5, torch.int64), compute, *[None] * len(NORM),
         )  # fmt: skip
         with torch.cuda.device(device):
-            launches = [_numbers(call.launchable(tensors), POINTERS[:8])]
+            launches = [_numbers(call.launchable(tensors), (*POINTERS[:8], *NORM))]
             if outputs:
                 first, second = (*map(new, outputs), None)[:2]
                 finish = launch.finish_call(call.plan, len(outputs), computed_in(dtype))

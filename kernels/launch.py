@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from ..reference import computed_in
-from ..rules import Need, Parameters, Rule, signs
+from ..rules import Need, Norm, Parameters, Rule, signs
 from . import reduce
 from .compiled import Launchable, launchable
 from .plan import THREADS, VECTOR, Plan, channel_layout, plan
@@ -58,11 +58,21 @@ class Call:
             found(tensors)
 
 
-def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
-    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
-    call = _rectify_call(x, parameters, rule, Need())
+def forward(
+    x: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    out: Tensor,
+    bits: Tensor | None,
+    norm: Norm | None = None,
+) -> None:
+    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``.
+
+    norm: a BatchNorm between x and the bias, which is its own; without bits, and not beside a slope that is drawn.
+    """
+    call = _rectify_call(x, parameters, rule, Need(), norm)
     with _device_of(x):
-        call(x, None, out, bits, *parameters, None)
+        call(x, None, out, bits, *parameters, None, *_statistics(norm))
 
 
 def backward(
@@ -77,13 +87,17 @@ def backward(
     compute, summed = computed_in(grad.dtype), outputs(grad.dtype, need)
     with _device_of(grad):
         partials = grad.new_empty((len(summed), call.numbers["stride"]), dtype=compute) if summed else None
-        call(x, grad, grad_input, bits, *parameters, partials)
+        call(x, grad, grad_input, bits, *parameters, partials, *_statistics(None))
         sums = [grad.new_empty((call.plan.channels,), dtype=dtype) for dtype in summed]
         if sums:
             finish = finish_call(call.plan, len(sums), compute)
             finish(partials, sums[0], sums[1] if len(sums) == 2 else None)
     grad_bias = None if need.bias is None else sums[0]
     return grad_bias, _as_weight(sums[-1], parameters.weight) if need.weight else None
+
+
+def _statistics(norm: Norm | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if norm is None else norm[:3]
 
 
 def outputs(dtype: torch.dtype, need: Need) -> list[torch.dtype]:
@@ -99,24 +113,40 @@ def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
 # ---- what depends on shapes alone ----
 
 
-def _rectify_call(like: Tensor, parameters: Parameters, rule: Rule, need: Need) -> Call:
+def _rectify_call(like: Tensor, parameters: Parameters, rule: Rule, need: Need, norm: Norm | None = None) -> Call:
     weight = 0 if parameters.weight is None else parameters.weight.numel()
-    return rectify_call(like.shape, like.stride(), like.dtype, rule, parameters.bias is not None, weight, need)
+    by_channel, eps = parameters.bias is not None or norm is not None, None if norm is None else norm.eps
+    return rectify_call(like.shape, like.stride(), like.dtype, rule, by_channel, weight, need, eps)
 
 
 def rectify_call(
-    shape: Shape, stride: Shape, dtype: torch.dtype, rule: Rule, bias: bool, weight: int, need: Need
+    shape: Shape,
+    stride: Shape,
+    dtype: torch.dtype,
+    rule: Rule,
+    bias: bool,
+    weight: int,
+    need: Need,
+    eps: float | None = None,
 ) -> Call:
     """The launch of forward or, if it is given a ``grad``, backward for dense tensors.
 
-    ``bias``: whether there is one; ``weight``: its length, 0 if there is none.
+    ``bias``: whether there is one, or a norm, of which ``eps`` is; ``weight``: its length, 0 if there is none.
     """
-    return _known_call(shape, stride, dtype, rule, signs(rule), bias, weight, need)
+    return _known_call(shape, stride, dtype, rule, signs(rule), bias, weight, need, eps)
 
 
 @functools.lru_cache(maxsize=4096)
 def _known_call(
-    shape: Shape, stride: Shape, dtype: torch.dtype, rule: Rule, signs: Any, bias: bool, weight: int, need: Need
+    shape: Shape,
+    stride: Shape,
+    dtype: torch.dtype,
+    rule: Rule,
+    signs: Any,
+    bias: bool,
+    weight: int,
+    need: Need,
+    eps: float | None,
 ) -> Call:
     sums_bias = need.bias is not None
     by_channel = bias or sums_bias or weight > 1
@@ -127,6 +157,7 @@ def _known_call(
     numbers = {
         "scale": scale,
         "middle": middle,
+        "eps": None if eps is None else struct.unpack("q", struct.pack("d", eps))[0],
         "channels": p.channels,
         "inner": p.inner,
         "row": p.row,

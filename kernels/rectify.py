@@ -30,13 +30,17 @@ class Tensors(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Pointers or None, and `Rule.constants` as the bits of two float64."""
+    """Pointers or None, and `Rule.constants` and a norm's eps as the bits of float64."""
 
     bias: tl.tensor
     weight: tl.tensor
     seed: tl.tensor
+    mean: tl.tensor
+    var: tl.tensor
+    norm_weight: tl.tensor
     scale: tl.tensor
     middle: tl.tensor
+    eps: tl.tensor
 
 
 class Channels(NamedTuple):
@@ -155,6 +159,19 @@ def _look_up(pointer, e, c, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.c
             second = tl.load(pointer + following, mask=e.in_row, other=0).to(COMPUTE)
             value = tl.where(j < (plane + 1) * inner - e.position, value, second)
     return value
+
+
+@triton.jit
+def _look_ups(p, e, c, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """(bias, weight, scale) of each element: z = x * scale + bias."""
+    bias, weight = _look_up(p.bias, e, c, LOOKUP, V, COMPUTE), _look_up(p.weight, e, c, WEIGHT, V, COMPUTE)
+    scale = 1.0
+    if p.var is not None:
+        scale = tl.rsqrt(_look_up(p.var, e, c, LOOKUP, V, COMPUTE) + _number(p.eps, COMPUTE))
+        if p.norm_weight is not None:
+            scale *= _look_up(p.norm_weight, e, c, LOOKUP, V, COMPUTE)
+        bias -= _look_up(p.mean, e, c, LOOKUP, V, COMPUTE) * scale
+    return bias, weight, scale
 
 
 @triton.constexpr_function
@@ -277,7 +294,7 @@ def _load(t, e, LANES: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _apply(
-    loaded, t, p, e, bias, weight, key, SLOPE: tl.constexpr, WHOLE: tl.constexpr, COUNTER_64: tl.constexpr,
+    loaded, t, p, e, values, key, SLOPE: tl.constexpr, WHOLE: tl.constexpr, COUNTER_64: tl.constexpr,
     LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Stores `out` and, in forward, `bits`; returns what grad_bias and grad_weight sum, 0 for absent elements.
@@ -285,6 +302,7 @@ def _apply(
     WHOLE: no vector exists in part.
     """
     value, side = loaded
+    bias, weight, scale = values
     counted = (e.start + e.vector).to(tl.uint64 if COUNTER_64 else tl.uint32)
     slope = _slope(p, weight, key, counted, SLOPE, LANES, V, COMPUTE)
     if t.x is None:
@@ -292,7 +310,9 @@ def _apply(
         negative = _unpacked(side, V, LANES)
     else:
         z = side.to(COMPUTE)
-        if p.bias is not None:
+        if p.var is not None:
+            z *= scale
+        if p.bias is not None or p.var is not None:
             z += bias
         negative = _is_negative(z, SLOPE)
     if t.grad is None:
@@ -402,8 +422,7 @@ def _do_tile(
     if FIRST:
         for b in tl.static_range(BESIDE):
             e = _step(tile, 0, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
-            bias, weight = _look_up(p.bias, e, c, LOOKUP, V, COMPUTE), _look_up(p.weight, e, c, WEIGHT, V, COMPUTE)
-            parameters += ((bias, weight),)
+            parameters += (_look_ups(p, e, c, LOOKUP, WEIGHT, V, COMPUTE),)
     for b in tl.static_range(BESIDE):
         for d in tl.static_range(DEPTH):
             loaded += (_load(t, _step(tile, d, b, V, DEPTH, DOWN, ACROSS, INDEX_64), LANES, V),)
@@ -413,14 +432,11 @@ def _do_tile(
     weight_sums = ()
     for b in tl.static_range(BESIDE):
         e = _step(tile, 0, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
-        if FIRST:
-            bias, weight = parameters[b]
-        else:
-            bias, weight = _look_up(p.bias, e, c, LOOKUP, V, COMPUTE), _look_up(p.weight, e, c, WEIGHT, V, COMPUTE)
-        dx, dw = _apply(loaded[b * DEPTH], t, p, e, bias, weight, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
+        values = parameters[b] if FIRST else _look_ups(p, e, c, LOOKUP, WEIGHT, V, COMPUTE)
+        dx, dw = _apply(loaded[b * DEPTH], t, p, e, values, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
         for d in tl.static_range(1, DEPTH):
             e = _step(tile, d, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
-            more = _apply(loaded[b * DEPTH + d], t, p, e, bias, weight, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
+            more = _apply(loaded[b * DEPTH + d], t, p, e, values, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
             dx += more[0]
             dw += more[1]
         bias_sums += (dx,)
@@ -441,25 +457,26 @@ def _refined(lookup, by):
 
 
 @triton.jit(
-    do_not_specialize=["scale", "middle", "tail_at"],
+    do_not_specialize=["scale", "middle", "eps", "tail_at"],
     do_not_specialize_on_alignment=["bits"],
     launch_metadata=launch_metadata,
 )
 def rectify(
-    x, grad, out, bits, bias, weight, seed, partials, scale: "i64", middle: "i64",
+    x, grad, out, bits, bias, weight, seed, partials, mean, var, norm_weight, scale: "i64",
+    middle: "i64", eps,
     channels, inner, row, columns, vectors, tail, tail_at, entries, stride,
     SLOPE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
     TAIL: tl.constexpr, INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr,
     BESIDE: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """out = rectify(x + bias), and which elements are negative into ``bits``, unless that is None.
+    """out = rectify(norm(x) + bias), and which elements are negative into ``bits``, unless that is None.
 
     With ``grad``, out = grad_input, from ``bits`` or, where ``x`` is given, from forward's input; and partial sums of
     grad_bias and grad_weight, each written by one program.
     """
     LANES: tl.constexpr = V * out.dtype.element_ty.primitive_bitwidth // 128
     t = Tensors(x, grad, out, bits)
-    p = Parameters(bias, weight, seed, scale, middle)
+    p = Parameters(bias, weight, seed, mean, var, norm_weight, scale, middle, eps)
     tile = _tile(row, columns, vectors, DEPTH * DOWN, BESIDE * ACROSS, INDEX_64)
     c = Channels(channels, inner, _unsigned(tile.corner * V, INDEX_64))
     if LOOKUP == "seam":
@@ -482,9 +499,10 @@ def rectify(
     if TAIL:
         if tl.program_id(0) == 0:
             e = _tail(vectors, tail, tail_at, V, INDEX_64)
-            b = _look_up(p.bias, e, c, _refined(LOOKUP, "element"), V, COMPUTE)
-            w = _look_up(p.weight, e, c, _refined(WEIGHT, "element"), V, COMPUTE)
-            dx, dw = _apply(_load(t, e, LANES, V), t, p, e, b, w, _key(p), SLOPE, False, COUNTER_64, LANES, V, COMPUTE)
+            values = _look_ups(p, e, c, _refined(LOOKUP, "element"), _refined(WEIGHT, "element"), V, COMPUTE)
+            dx, dw = _apply(
+                _load(t, e, LANES, V), t, p, e, values, _key(p), SLOPE, False, COUNTER_64, LANES, V, COMPUTE
+            )
             if SUM_BIAS or SUM_WEIGHT:
                 to = partials + (stride - V) + tl.arange(0, V)
                 if SUM_BIAS:

@@ -38,21 +38,23 @@ def rectify(
     bits: bool = False,
     bias: int = 0,
     weight: int = 0,
+    norm: int = 0,
     parameter_itemsize: int = 0,
     need: Need = NONE,
 ) -> Traffic:
     """out = rectify(input + bias) of ``size`` elements of ``itemsize`` bytes, or its backward with the sums ``need``.
 
-    ``bits``: whether forward makes them, or backward reads them and not the input, so no bias either. ``bias`` and
-    ``weight``: lengths of the parameters, 0 where absent; ``parameter_itemsize``: theirs, if another.
+    ``bits``: whether forward makes them, or backward reads them and not the input, so no bias either. ``bias``
+    and ``weight``: lengths, 0 where absent; ``norm``: of a BatchNorm's statistics and weight together;
+    ``parameter_itemsize``: theirs, if another.
     """
     tensor, sides = size * itemsize, -(-size // 8) if bits else 0
     item = parameter_itemsize or itemsize
     added = 0 if backward and bits else bias
     sum_bias = need.bias is not None
-    read = tensor + (added + weight) * item + (SEED if rule.random else 0)
+    read = tensor + (added + weight + norm) * item + (SEED if rule.random else 0)
     written = tensor
-    flops = rule.flops + bool(added)
+    flops = rule.flops + bool(added) + bool(norm)
     if backward:
         read += sides or tensor
         written += (bias * sum_bias + weight * need.weight) * item
@@ -82,6 +84,7 @@ def launch_metadata(grid: tuple[int, ...], metadata: Any, args: Mapping[str, Any
         bits=args["bits"] is not None,
         bias=args["channels"] if args["SUM_BIAS"] else bias,
         weight=weight,
+        norm=sum(args[name].numel() for name in ("mean", "var", "norm_weight") if args[name] is not None),
         parameter_itemsize=parameters[0].element_size() if parameters else 0,
         need=Need(itemsize if args["SUM_BIAS"] else None, args["SUM_WEIGHT"]),
     )

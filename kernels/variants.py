@@ -78,7 +78,8 @@ def training_step(
     like = shape, _strides(shape, layout), dtype
     parameters = {"weight": dtype if weights else None, "seed": torch.int64 if rule.random else None}
     kept = torch.uint8 if bits else None
-    forward = {"x": dtype, "grad": None, "out": dtype, "bits": kept, "bias": dtype if bias else None, "partials": None}
+    absent = {"partials": None, "mean": None, "var": None, "norm_weight": None}
+    forward = {"x": dtype, "grad": None, "out": dtype, "bits": kept, "bias": dtype if bias else None, **absent}
     found = [_variant("forward", rectify_call(*like, rule, bias, weights, Need()), {**forward, **parameters})]
     compute, summed = computed_in(dtype), outputs(dtype, need)
     added = bias and not bits
@@ -88,6 +89,7 @@ def training_step(
         "out": dtype,
         "bits": kept,
         "bias": dtype if added else None,
+        **absent,
         "partials": compute if summed else None,
     }
     call = rectify_call(*like, rule, added, weights, need)

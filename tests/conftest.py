@@ -64,3 +64,4 @@ def _on_the_gpu(request):
 def _small_outputs_count(monkeypatch):
     """What fuse() leaves to torch for its size is fused too; `test_small_outputs_are_left_to_torch` has the size."""
     monkeypatch.setattr(waiting, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(waiting, "MIN_ELEMENTS_OF_NORMS", 0)

@@ -10,12 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..rules import Need, Parameters, Rule
+from ..rules import Need, Norm, Parameters, Rule
 
 
-def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
-    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``."""
-    z = _pre_activation(x, parameters.bias, out)
+def forward(
+    x: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    out: Tensor,
+    bits: Tensor | None,
+    norm: Norm | None = None,
+) -> None:
+    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``.
+
+    norm: a BatchNorm between x and the bias, which is its own; without bits, and not beside a slope that is drawn.
+    """
+    z = _pre_activation(x, parameters.bias, out) if norm is None else reference.normalize(x, norm, parameters.bias)
     if bits is not None:
         bits.copy_(reference.pack_bits(reference.is_negative(z, rule)))
     if rule.slope == "zero":

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..internals import CALLS, hooks_on_all
+from ..internals import MODULE_CALLS, hooks_on_all, without_subclasses
 
-_QUIET = ("PRECALL", "KW_NAMES", "CACHE", "PUSH_NULL")
-_CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD")
-_CALLS_BY_NAME = ("CALL_KW", "CALL_FUNCTION_KW")  # the names lie above the arguments
+QUIET = ("PRECALL", "KW_NAMES", "CACHE", "PUSH_NULL")
+CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD")
+CALLS_BY_NAME = ("CALL_KW", "CALL_FUNCTION_KW")  # the names lie above the arguments
 
 
 def is_last_reader(count: int, func: Any, frame: FrameType | None) -> bool:
@@ -30,14 +30,14 @@ def is_last_reader(count: int, func: Any, frame: FrameType | None) -> bool:
 
     count: references to the tensor as its `__torch_function__` counts them; frame: of the caller of that.
     """
-    depth, caller = _caller(frame)
+    depth, caller = caller_of(frame)
     expected = _expected().get((func, depth), 0)
     if count == expected:
         return True
     return count == expected + 1 and caller is not None and caller.f_lasti in _replacing(caller.f_code)
 
 
-def _caller(frame: FrameType | None) -> tuple[int, FrameType | None]:
+def caller_of(frame: FrameType | None) -> tuple[int, FrameType | None]:
     """Who calls the rectifier, and how many of torch's own frames lie between."""
     depth = 0
     while frame is not None and frame.f_code in _BETWEEN:
@@ -49,32 +49,33 @@ def _caller(frame: FrameType | None) -> tuple[int, FrameType | None]:
 def _replacing(code: CodeType) -> frozenset[int]:
     """The offsets of calls in ``code`` whose first argument is a local variable that ends with the call."""
     found: set[int] = set()
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in _QUIET]
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in QUIET]
     for at, call in enumerate(instructions[:-1]):
-        if call.opname not in _CALLS + _CALLS_BY_NAME:
+        if call.opname not in CALLS + CALLS_BY_NAME:
             continue
         first = at - 1
         while instructions[first].opname == "LOAD_CONST" and first > 0:
             first -= 1
         loaded, after = instructions[first], instructions[at + 1]
-        arguments = at - first - (call.opname in _CALLS_BY_NAME)
+        arguments = at - first - (call.opname in CALLS_BY_NAME)
         if not loaded.opname.startswith("LOAD_FAST") or call.arg != arguments:
             continue
-        name = _names(loaded)[-1]
-        stored = after.opname.startswith("STORE_FAST") and _names(after)[0] == name
+        name = names(loaded)[-1]
+        stored = after.opname.startswith("STORE_FAST") and names(after)[0] == name
         if stored or after.opname == "RETURN_VALUE":
             found.update(range(call.offset, after.offset, 2))  # f_lasti may point into the call's inline cache
     return frozenset(found)
 
 
-def _names(instruction: dis.Instruction) -> tuple[str, ...]:
+def names(instruction: dis.Instruction) -> tuple[str, ...]:
     return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 _MODULES = (nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.PReLU)
-_FUNCTIONS = (F.relu, F.leaky_relu, F.rrelu)
-_BETWEEN = {f.__code__ for f in (*CALLS, torch.overrides.handle_torch_function)}
-_BETWEEN |= {m.forward.__code__ for m in _MODULES} | {f.__code__ for f in _FUNCTIONS}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # one forward
+_RECTIFIERS = (F.relu, F.leaky_relu, F.rrelu)
+_BETWEEN = {f.__code__ for f in (*MODULE_CALLS, torch.overrides.handle_torch_function)}
+_BETWEEN |= {m.forward.__code__ for m in (*_MODULES, *_NORMS)} | {f.__code__ for f in (*_RECTIFIERS, F.batch_norm)}
 
 
 class _Probe(Tensor):
@@ -83,18 +84,27 @@ class _Probe(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.dim:  # BatchNorm asks
+            with without_subclasses():
+                return func(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
         count = sys.getrefcount(first)
-        return func, _caller(sys._getframe(1))[0], count
+        return func, caller_of(sys._getframe(1))[0], count
+
+
+def _probe() -> Tensor:
+    return torch.empty(1, 1, 1, 1).as_subclass(_Probe)
 
 
 def _expected() -> dict[Any, int]:
     """References to a tensor that nobody but the call holds, by function and frames between; none where the first call
     finds that calls add some of their own, or that hooks of all modules would see what is tried."""
     if not _measured and _calls_hand_over() and not hooks_on_all():
-        weight = torch.empty(1)
-        calls = [*(m() for m in _MODULES), *_FUNCTIONS, torch.relu, lambda t: torch.prelu(t, weight)]
-        found = [rectify(torch.empty(0).as_subclass(_Probe)) for rectify in calls]
+        one = torch.empty(1)
+        calls = *(m() for m in _MODULES), *_RECTIFIERS, torch.relu, nn.BatchNorm2d(1).eval()
+        found: list[Any] = [call(_probe()) for call in calls]
+        # A function of ours around these would hold the tensor as well.
+        found += torch.prelu(_probe(), one), F.batch_norm(_probe(), one, one)
         if _calls_hand_over():  # no other thread came between
             _measured.update({(func, depth): count for func, depth, count in found})
     return _measured

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, rules
 from ..internals import dispatch_modes, forward_ad_active
+from ..rules import PRELU, RELU, Rule
 
 
 class Call(NamedTuple):
@@ -29,6 +30,16 @@ class Twin(NamedTuple):
 
     name: str
     call: Callable[..., Call | None]
+
+
+def rule_of(call: Call) -> tuple[Rule, Tensor | None]:
+    """What ``call`` computes: the rule, and PReLU's weight."""
+    if call.name == "prelu":
+        return PRELU, call.arguments[0]
+    if call.name == "rrelu":
+        lower, upper, training = call.arguments
+        return rules.rrelu(lower, upper, "slope", training), None
+    return RELU if call.name == "relu" else rules.leaky_relu(*call.arguments), None
 
 
 def rectify(call: Call, is_free: bool) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..internals import hooks_on_all, jit_tracing, transforms_active, without_subclasses
+from ..internals import dispatch_modes, hooks_on_all, jit_tracing, transforms_active, without_subclasses
 from ..ops.checks import FLOATING
-from .holders import is_last_reader
-from .twins import TWINS, Twin, rectify
+from . import norms
+from .holders import caller_of, is_last_reader
+from .readers import is_rectifier_next
+from .twins import TWINS, Call, Twin, rectify, rule_of
 
 # A map whose output no rectifier has read in so many calls of its mode (training or not) is not asked again.
 TRIES = 3
 # Outputs of fewer elements run as they did. Waiting, and calling our kernels, costs 20 us in forward and as much again
 # in backward; a pass over 16,384 float32 that is saved is 4 us of one CPU core, and less than a launch on a GPU.
 MIN_ELEMENTS = 2**14
+# A BatchNorm is left to its rectifier from here on: to arrange that costs 20 us, a pass over as many 20 to 60.
+MIN_ELEMENTS_OF_NORMS = 2**18
 _LOOKS = (torch.Size, int, bool, torch.dtype, torch.device, torch.layout)  # what a call returns that reads no values
 _OURS = (ops.rectify, ops.rectify_, ops.rectify_bits, ops.rectify_bits_)
 
@@ -38,8 +43,14 @@ class Output(NamedTuple):
 
     reader: Reader
     fresh: bool  # nobody holds its memory but by this tensor, nor keeps it for backward
-    small: bool  # it waits to be reported alone
+    size: int  # elements
     norm: str = ""  # of a BatchNorm's output, "training" or "evaluation"
+    deferred: norms.Deferred | None = None  # a BatchNorm that is yet to run
+
+    @property
+    def small(self) -> bool:
+        """It waits to be reported alone."""
+        return self.size < MIN_ELEMENTS
 
 
 def wait(tensor: Tensor, output: Output) -> None:
@@ -52,10 +63,20 @@ def wait(tensor: Tensor, output: Output) -> None:
 
 
 def release(tensor: Tensor) -> Output:
-    """An ordinary tensor again."""
+    """An ordinary tensor again, for who is no rectifier."""
+    return _with_values(tensor, _taken(tensor))
+
+
+def _taken(tensor: Tensor) -> Output:
     tensor.__class__ = Tensor
     found: Output = tensor.__dict__.pop("_fused_rect")
     return found
+
+
+def _with_values(tensor: Tensor, output: Output) -> Output:
+    if output.deferred is not None:
+        norms.fill(tensor, output.deferred)
+    return output._replace(deferred=None)
 
 
 class _Thread(threading.local):
@@ -108,11 +129,15 @@ class Waiting(Tensor):
         twin = TWINS.get(func)
         if twin is not None:
             last = is_last_reader(sys.getrefcount(first), func, sys._getframe(1))
-            return _rectified(twin, release(first), last, func, args, kwargs)
+            return _rectified(twin, first, last, func, args, kwargs)
+        if func is F.batch_norm:
+            count = sys.getrefcount(first)
+            if _is_deferred(first, count, sys._getframe(1), args, kwargs):
+                return first
         found = release(first)
-        version = first._version
+        version = _version(first)
         result = func(*args, **kwargs)
-        if isinstance(result, _LOOKS) or (result is first and first._version == version):
+        if isinstance(result, _LOOKS) or (result is first and version is not None and _version(first) == version):
             wait(first, found)
         elif func is F.batch_norm and not found.norm and _is_ordinary(result):
             norm = "training" if _trains(*args, **kwargs) else "evaluation"
@@ -120,6 +145,11 @@ class Waiting(Tensor):
         elif func in _OURS:
             found.reader.fused.add(str(args[4]))
         return result
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written; tensors of inference mode do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 # What errors and class names say of such a tensor is what they said.
@@ -142,9 +172,31 @@ def _trains(input: Any, running_mean: Any, running_var: Any, weight: Any = None,
     return training
 
 
-def _rectified(twin: Twin, output: Output, last: bool, func: Any, args: Any, kwargs: Any) -> Any:
-    reader, fresh, small, norm = output
-    if small:
+def _is_deferred(first: Tensor, count: int, frame: FrameType, args: Any, kwargs: Any) -> bool:
+    """Whether the BatchNorm that reads ``first`` now may run later, in its place.
+
+    Nobody else holds that, and a rectifier reads it next, so nobody sees that the BatchNorm has not run.
+    count: references to ``first``, as for `is_last_reader`.
+    """
+    output: Output = first._fused_rect  # type: ignore[attr-defined]
+    if not output.reader.fold or output.norm or not output.fresh or output.size < MIN_ELEMENTS_OF_NORMS:
+        return False
+    if not is_last_reader(count, F.batch_norm, frame) or not is_rectifier_next(caller_of(frame)[1]):
+        return False
+    _taken(first)
+    deferred = norms.defer(*args, **kwargs)
+    wait(first, output if deferred is None else output._replace(norm="evaluation", deferred=deferred))
+    return deferred is not None
+
+
+def _rectified(twin: Twin, first: Tensor, last: bool, func: Any, args: Any, kwargs: Any) -> Any:
+    output = _taken(first)
+    reader, norm = output.reader, output.norm
+    if output.deferred is not None:
+        if _filled(twin, first, output, last, args, kwargs):
+            return first
+        _with_values(first, output)
+    if output.small:
         reader.left[twin.name] = f"its outputs have fewer than {MIN_ELEMENTS} elements, where torch's own is as fast"
         return func(*args, **kwargs)
     if norm and not (reader.fold and norm == "evaluation"):
@@ -154,15 +206,34 @@ def _rectified(twin: Twin, output: Output, last: bool, func: Any, args: Any, kwa
             else "a BatchNorm in training stands between"
         )
         return func(*args, **kwargs)
-    try:
-        call = twin.call(*args, **kwargs)
-    except TypeError:  # arguments that torch's function takes beyond these, or refuses
-        call = None
+    call = _call_of(twin, args, kwargs)
     if call is None:
         reader.left[twin.name] = "its arguments are not those that the fused kernels take"
         return func(*args, **kwargs)
     reader.fused.add(twin.name)
-    return rectify(call, last and fresh)
+    return rectify(call, last and output.fresh)
+
+
+def _filled(twin: Twin, first: Tensor, output: Output, last: bool, args: Any, kwargs: Any) -> bool:
+    """Whether the rectifier's values could be written where BatchNorm's were to be: nobody else reads those."""
+    call = _call_of(twin, args, kwargs)
+    if call is None or output.deferred is None or not (last or call.in_place):
+        return False
+    rule, weight = rule_of(call)
+    if rule.random or dispatch_modes():
+        return False
+    norms.fill(first, output.deferred, rule, weight)
+    if call.in_place and not first.is_inference():
+        torch.autograd.graph.increment_version(first)
+    output.reader.fused.add(twin.name)
+    return True
+
+
+def _call_of(twin: Twin, args: Any, kwargs: Any) -> Call | None:
+    try:
+        return twin.call(*args, **kwargs)
+    except TypeError:  # arguments that torch's function takes beyond these, or refuses
+        return None
 
 
 # ---- the hooks ----
@@ -193,14 +264,15 @@ class Reader(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or type(output) is not Tensor or jit_tracing():
             return
-        small = output.numel() < MIN_ELEMENTS
+        size = output.numel()
+        small = size < MIN_ELEMENTS
         if small or not self.fused:  # else it waits for good, so that checkpointed calls repeat themselves
             kind = 2 * module.training + small
             if self.tries[kind] == TRIES:
                 return
             self.tries[kind] += 1
         if self.compiled < TRIES and _is_ordinary(output):
-            wait(output, Output(self, _is_torchs_own(module), small))
+            wait(output, Output(self, _is_torchs_own(module), size))
 
 
 class Leave(Hook):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rules import Need, Parameters, Rule, numbers
+from ...rules import Need, Norm, Parameters, Rule, numbers
 from . import build
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -48,9 +48,19 @@ def _kernel() -> Callable[[bytes], int]:
     return function
 
 
-def forward(x: Tensor, parameters: Parameters, rule: Rule, out: Tensor, bits: Tensor | None) -> None:
-    """out = rectify(x + bias), and which side each element is on into ``bits``, if given; ``out`` may be ``x``."""
-    _run(x, x, None, out, bits, parameters, rule, None, None)
+def forward(
+    x: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    out: Tensor,
+    bits: Tensor | None,
+    norm: Norm | None = None,
+) -> None:
+    """out = rectify(x + bias), and which elements are negative into ``bits``; ``out`` may be ``x``.
+
+    norm: a BatchNorm between x and the bias, which is its own; without bits, and not beside a slope that is drawn.
+    """
+    _run(x, x, None, out, bits, parameters, rule, None, None, norm)
 
 
 def backward(
@@ -80,19 +90,23 @@ def _run(
     rule: Rule,
     grad_bias: Tensor | None,
     grad_weight: Tensor | None,
+    norm: Norm | None = None,
 ) -> None:
     bias, weight, seed = parameters
     weights = 0 if weight is None else weight.numel()
+    mean, var, norm_weight, eps = norm or (None, None, None, 0.0)
     channels, inner = 1, like.numel()
-    if (bias is not None or grad_bias is not None or weights > 1) and like.dim() > 1:
+    if (bias is not None or grad_bias is not None or weights > 1 or norm is not None) and like.dim() > 1:
         channels, inner = like.shape[1], like.stride(1)
     slope, first, second = numbers(rule)
     call = _call(
         value=_pointer(value), grad=_pointer(grad), out=out.data_ptr(), bits=_pointer(bits),
         bias=_pointer(bias), weight=_pointer(weight), seed=_pointer(seed),
+        mean=_pointer(mean), var=_pointer(var), norm_weight=_pointer(norm_weight), eps=eps,
         bias_sum=_pointer(grad_bias), weight_sum=_pointer(grad_weight),
         n=like.numel(), channels=channels, inner=inner, weights=weights, first=first, second=second,
         type=TYPES[like.dtype], bias_type=_type(bias), weight_type=_type(weight), bias_sum_type=_type(grad_bias),
+        mean_type=_type(mean), var_type=_type(var), norm_weight_type=_type(norm_weight),
         slope=slope, threads=torch.get_num_threads(),
     )  # fmt: skip
     if _kernel()(_pack(*call)):

@@ -326,7 +326,8 @@ template <class A> struct Slopes {
 
 // ---------------------------------------------------------------- one segment: contiguous, `longest` elements at most
 
-enum Pass { forward, marking, backward };  // marking: forward that finds the bits
+// marking: forward that finds the bits; scaling: forward of x * scale + bias, without bits
+enum Pass { forward, marking, scaling, backward };
 
 // Adds to sums of vectors, whose lanes are float64: a constant's sum keeps its digits however short a vector is.
 template <class V> void widen(V v, double *sum) {
@@ -364,15 +365,15 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   static constexpr int W = E::lanes;
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
-  const A *bias, *slope;           // ROWS: of the columns; else one number each, but for random slopes
+  const A *bias, *slope, *scale;   // ROWS: of the columns; else one number each, but for random slopes
   Total *bias_sum, *weight_sum;    // of the columns; else the lanes of one number each, null where not wanted
-  struct { V bias, slope; } one{};
+  struct { V bias, slope, scale; } one{};
 
   struct Terms { V bias, weight; };
 
   // One vector. Its sides are found and put into `m`, or read from it; what it adds to the sums is returned.
-  [[gnu::always_inline]] static Terms step(V x, V g, V b, V s, T *out, M &m) {
-    const V z = x + b;
+  [[gnu::always_inline]] static Terms step(V x, V g, V b, V s, V k, T *out, M &m) {
+    const V z = (P == scaling ? x * k : x) + b;
     // Eager's choice for NaN: rules.py's nan_is_negative
     if (from_value) m = S == zero || random ? Sides::at_most_zero(z) : Sides::not_above_zero(z);
     if (P != backward) {
@@ -386,6 +387,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   }
 
   V bias_at(int64_t i) const { return ROWS && from_value ? load<V>(bias + i) : one.bias; }
+  V scale_at(int64_t i) const { return ROWS && P == scaling ? load<V>(scale + i) : one.scale; }
   V slope_at(int64_t i) const { return random || (ROWS && S == learned) ? load<V>(slope + i) : one.slope; }
 
   [[gnu::always_inline]] static void add(V term, int64_t i, Total *sum) {
@@ -405,7 +407,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
       const int64_t j = i + n * W;
       M m = from_value ? M{} : Sides::of(sides >> n * W);
       const V x = from_value ? E::read(at.value + j) : V{}, g = P == backward ? E::read(at.grad + j) : V{};
-      t[n] = step(x, g, bias_at(j), slope_at(j), at.out + j, m);
+      t[n] = step(x, g, bias_at(j), slope_at(j), scale_at(j), at.out + j, m);
       if (P == marking) sides |= Sides::bits(m) << n * W;
       if (P == backward && ROWS) add(t[n], j);
     }
@@ -432,7 +434,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     T to[W];
     M m = from_value ? M{} : Sides::of(word >> i % 64 << skip);
     const V x = from_value ? read(at.value + i) : V{}, g = P == backward ? read(at.grad + i) : V{};
-    const Terms t = step(x, g, bias_at(i - skip), slope_at(i - skip), to, m);
+    const Terms t = step(x, g, bias_at(i - skip), slope_at(i - skip), scale_at(i - skip), to, m);
     std::memcpy(at.out + i, to + skip, rest * sizeof(T));
     if (P == marking) word = (i % 64 ? word : 0) | (Sides::bits(m) & live) >> skip << i % 64;
     const M lanes = Sides::of(live);
@@ -442,7 +444,8 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   [[gnu::noinline]] void run(const Memory<T> &memory) const {
     Segment segment = *this;  // copies, which no store of an element can change
     const Memory<T> at = memory;
-    segment.one = {*bias - V{}, *slope - V{}};  // not + V{}: an absent bias is -0, which changes no x
+    // not + V{}: an absent bias is -0, which changes no x
+    segment.one = {*bias - V{}, *slope - V{}, P == scaling ? *scale - V{} : V{}};
     int64_t i = 0;
     for (; i + 64 <= at.count; i += 64)
       for (int k = 0; k < 64; k += 4 * W) segment.template vectors<4>(at, i + k);
@@ -544,6 +547,24 @@ void spread(const Call &c, const void *p, int type, int64_t length, double other
   }
 }
 
+// A BatchNorm and the bias behind it as one scale, in the place of its weight, and one bias for each channel.
+template <class A> struct Folded : Call {
+  Array<A> scales{new A[channels]}, biases{new A[channels]};
+
+  explicit Folded(const Call &c) : Call(c) {
+    const auto read = [&](const void *p, int type, double otherwise, A *to) { get(p, type, 0, channels, otherwise, to); };
+    const Array<A> means(new A[channels]), variances(new A[channels]);
+    read(mean, mean_type, 0, means.get()), read(var, var_type, 1, variances.get());
+    read(norm_weight, norm_weight_type, 1, scales.get()), read(bias, bias_type, 0, biases.get());
+    for (int64_t k = 0; k < channels; k++) {
+      scales[k] *= 1 / std::sqrt(variances[k] + (A)eps);
+      biases[k] -= means[k] * scales[k];
+    }
+    norm_weight = scales.get(), bias = biases.get();
+    norm_weight_type = bias_type = sizeof(A) == 8 ? float64 : float32;
+  }
+};
+
 // The finishing sums in float64, in the order of the parts: add(first, count, sums) has those of `count` channels.
 template <class F> void finish(const Call &c, void *to, int type, bool one, const F &add) {
   constexpr int64_t some = 256;
@@ -631,7 +652,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Walker {
   // The sides that were not kept, from the input that was.
   [[gnu::noinline]] void mark(const Step &step, const T *value, int64_t count) {
     T y[ROWS ? widest : longest];
-    Segment<T, S, ROWS, marking>{step.bias, step.slope, nullptr, nullptr}.run({value, nullptr, y, words, count});
+    Segment<T, S, ROWS, marking>{step.bias, step.slope, nullptr, nullptr, nullptr}.run({value, nullptr, y, words, count});
   }
 };
 
@@ -641,6 +662,7 @@ template <class T, Slope S, Pass P> void planes(const Call &c) {
   const Planes cut{c};
   const Array<A> bias = whole<A>(c.bias, c.bias_type, c.channels, -0.0);
   const Array<A> slope = whole<A>(c.weight, c.weight_type, c.weights, c.first);
+  const Array<A> scale = whole<A>(c.norm_weight, c.norm_weight_type, c.channels, 1);
   const Array<A> biases(c.bias_sum ? new A[cut.parts] : nullptr), weights(c.weight_sum ? new A[cut.parts] : nullptr);
 
   parallel_for(cut.items, c.n < 32768 ? 1 : c.threads, [&](int64_t first, int64_t last) {
@@ -655,7 +677,8 @@ template <class T, Slope S, Pass P> void planes(const Call &c) {
       if (biases) std::fill_n(bias_sum, lanes, 0.0);
       if (weights) std::fill_n(weight_sum, lanes, 0.0);
       walker.walk(position, count, stop, {&bias[c.bias ? k : 0], &slope[c.weights > 1 ? k : 0],
-                                             biases ? bias_sum : nullptr, weights ? weight_sum : nullptr}, false);
+                                          &scale[P == scaling ? k : 0], biases ? bias_sum : nullptr,
+                                          weights ? weight_sum : nullptr}, false);
       if (biases) biases[part] = (A)std::accumulate(bias_sum, bias_sum + lanes, 0.0);
       if (weights) weights[part] = (A)std::accumulate(weight_sum, weight_sum + lanes, 0.0);
       if (position + count == end) plane++, k = k + 1 == c.channels ? 0 : k + 1;
@@ -684,10 +707,12 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
     for (; item < end; item++) {
       const int64_t g = item / cut.strips, strip = item % cut.strips;
       const int64_t first = cut.begin(strip), width = cut.width(strip);
-      A bias[room], slope[room], sums[2][room];
+      A bias[room], slope[room], scale[P == scaling ? room : 1], sums[2][room];
       double totals[2][room];
       spread(c, c.bias, c.bias_type, c.channels, -0.0, first, std::min(c.n, width), bias);
       spread(c, c.weight, c.weight_type, c.weights, c.first, first, std::min(c.n, width), slope);
+      if (P == scaling)
+        spread(c, c.norm_weight, c.norm_weight_type, c.channels, 1, first, std::min(c.n, width), scale);
       for (int i = 0; i < 2; i++)
         if (P == backward) std::fill_n(sums[i], room, A{}), std::fill_n(totals[i], width, 0.0);
       const int64_t last = std::min(cut.lines, (g + 1) * cut.group), stop = std::min(c.n, last * cut.columns);
@@ -695,7 +720,7 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
         const int64_t position = line * cut.columns + first, count = std::min(width, c.n - position);
         if (count > 0)
           walker.walk(position, count, cut.strips == 1 ? stop : position + count,
-                         {bias, slope, sums[0], sums[1]}, shared);
+                         {bias, slope, scale, sums[0], sums[1]}, shared);
         if ((line + 1) % deep && line + 1 < last) continue;
         for (int i = 0; i < 2; i++)
           for (int64_t j = 0; parts[i] && j < width; j += lanes) {
@@ -721,6 +746,8 @@ template <class T, Slope S, Pass P> void dispatch(const Call &c) {
 
 template <class T, Slope S> void dispatch(const Call &c) {
   if (c.grad) return dispatch<T, S, backward>(c);
+  if constexpr (S != drawn)
+    if (c.var) return dispatch<T, S, scaling>(Folded<typename Element<T>::A>(c));
   if constexpr (S == zero)  // the only one whose value takes no comparison
     if (!c.bits) return dispatch<T, S, forward>(c);
   dispatch<T, S, marking>(c);

@@ -344,3 +344,36 @@ def test_torchscript_is_reported_and_refuses_a_fused_model():
     torch.testing.assert_close(traced(x), model(x))
     assert "prelu" in str(traced.inlined_graph)
     torch.testing.assert_close(torch.jit.script(fr.unfuse(model))(x), traced(x))
+
+
+CALLS = ["F.relu(x)", "torch.relu(x)", "x.relu()", "F.leaky_relu(x, 0.1)", "torch._C._nn.leaky_relu(x, 0.1)"]
+CALLS += [
+    "F.prelu(x, w)",
+    "torch.prelu(x, w)",
+    "x.prelu(w)",
+    "F.rrelu(x)",
+    "torch.rrelu(x)",
+    "self.act(x)",
+    "self.prelu(x)",
+]
+READERS = ["y = {}; return y + x", "return {} + x", "z = x; x = {}; return x + z", "z = [x]; x = {}; return x + z[0]"]
+READERS += [
+    "return (lambda y: y + x)({})",
+    "x, z = {}, x; return x + z",
+    "try: return {} + 1\n        finally: self.z = x",
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("reader", READERS)
+def test_an_input_that_is_read_later_is_not_overwritten(call, reader):
+    scope = {"torch": torch, "F": F, "nn": nn}
+    source = f"class Net(nn.Module):\n    def forward(self, x, w):\n        x = self.conv(x); {reader.format(call)}\n"
+    exec(source.replace("; try:", "\n        try:"), scope)
+    model = scope["Net"]()
+    model.conv, model.act, model.prelu, model.z = nn.Conv2d(3, 3, 1), nn.LeakyReLU(-0.3), nn.PReLU(3), None
+    x, w = torch.randn(2, 3, 4, 4), torch.full((3,), 0.3)
+    with torch.no_grad():
+        expected, kept = model(x, w), model.z
+        got = fr.fuse(model)(x, w)
+    assert torch.equal(got, expected) and (kept is None or torch.equal(model.z, kept))

@@ -22,7 +22,7 @@ from fused_rect import reference
 from fused_rect.backends import eager
 from fused_rect.kernels import launch, rectify
 from fused_rect.kernels import plan as planner
-from fused_rect.rules import LAWS, PRELU, Need, Parameters, Rule, leaky_relu, rrelu
+from fused_rect.rules import LAWS, PRELU, Need, Norm, Parameters, Rule, leaky_relu, rrelu
 from fused_rect.rules import RULES as TABLE
 
 pytestmark = pytest.mark.ptx
@@ -249,6 +249,50 @@ def is_near_float64(call):
             products = torch.where(z > 0, 0.0, call.grad.double() * z)
             assert sums_to(grad_weight, products.to(reference.computed_in(call.dtype)))
     assert call.margins_survive()
+
+
+@st.composite
+def norms(draw):
+    """A call in evaluation, and a BatchNorm before its bias, of the input's dtype or float32 beside 16 bits."""
+    call = draw(calls(edges=draw(st.booleans())).filter(lambda call: len(call.shape) > 1 and not call.rule.random))
+    wide = torch.float32 if draw(st.booleans()) and call.dtype != torch.float64 else call.dtype
+    mean, var, weight = (call.random(call.shape[1]).to(wide) for _ in range(3))
+    return call, Norm(mean, var.abs(), weight if draw(st.booleans()) else None, draw(st.sampled_from([0.1, 1e-5])))
+
+
+@EXAMPLES
+@given(norms())
+def test_a_norm_before_the_bias(call_and_norm):
+    is_normalized(*call_and_norm)
+
+
+def is_normalized(call, norm):
+    """As near to float64 as the roundings of scale, shift and their sum, and that of the result, allow."""
+    call.guarded.clear()
+    out = call.empty()
+    launch.forward(call.input, call.parameters, call.rule, out, None, norm)
+    x, bias, weight, *statistics = (
+        None if t is None else t.double() for t in (call.input, call.bias, call.weight, *norm[:3])
+    )
+    norm = Norm(*statistics, norm.eps)
+    z = reference.normalize(x, norm, bias)
+    exact = reference.rectify(z, Parameters(weight=weight), call.rule)
+    scale = reference.normalize(torch.ones_like(x), norm._replace(mean=torch.zeros_like(norm.mean)), None)
+    shift = reference.normalize(torch.zeros_like(x), norm, None).abs() + (0 if bias is None else bias.abs().max())
+    slope = reference.slope(z, Parameters(weight=weight), call.rule)
+    error = torch.finfo(reference.computed_in(call.dtype)).eps * ((x * scale).abs() + 2 * shift) * 4
+    error = error * (1 + torch.as_tensor(slope).abs()) + exact.abs() * torch.finfo(call.dtype).eps
+    finite = error.isfinite() & (exact.abs() <= torch.finfo(call.dtype).max / 2)
+    tiny = torch.finfo(call.dtype).tiny
+    assert ((out.double() - exact).abs() <= error + tiny)[finite].all()
+    assert torch.equal(out.isnan(), exact.isnan()) and call.margins_survive()
+
+
+@pytest.mark.parametrize("rule", [Rule.default("relu"), PRELU], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("shape", [(1, 3, 65, 67), (2, 2, 64, 65), (3, 2, 4097), (5, 16, 8, 8), (40, 9)])
+def test_a_norm_in_every_look_up(shape, rule):
+    call = GuardedCall(shape, range(len(shape)), torch.float32, rule)
+    is_normalized(call, Norm(*(call.random(shape[1]).abs() for _ in range(3)), 1e-5))
 
 
 @pytest.fixture

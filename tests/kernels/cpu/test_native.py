@@ -15,7 +15,7 @@ from fused_rect import reference
 from fused_rect.backends import eager
 from fused_rect.kernels import cpu
 from fused_rect.kernels.cpu import build, launch
-from fused_rect.rules import PRELU, RELU, Need, Parameters, Rule
+from fused_rect.rules import PRELU, RELU, Need, Norm, Parameters, Rule
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
 
@@ -117,6 +117,12 @@ def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel,
     in_place = x.clone()
     cpu.forward(in_place, parameters, rule, in_place, None)
     assert bits_equal(in_place, out)
+    if len(shape) > 1 and not rule.random:
+        mean, var, scale = (torch.randn(channels, generator=generator).to(parameter_dtype) for _ in range(3))
+        norm = Norm(mean, var.abs(), scale if per_channel else None, 1e-5)
+        eager.forward(x, parameters, rule, expected, None, norm)
+        cpu.forward(in_place.copy_(x), parameters, rule, in_place, None, norm)
+        assert bits_equal(in_place, expected)
 
     wide_grad = grad.to(reference.computed_in(dtype))
     scaled = torch.empty_like(wide_grad)
