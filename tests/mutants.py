@@ -42,8 +42,8 @@ AGREEMENT, LARGE, RUNNING, STEPS, SUITE, TABLES = (
 SITES, PLACEMENT, REWRITE, CALLS, INLINE = (
     f"fused_rect/compile/{name}.py" for name in ("sites", "placement", "rewrite", "calls", "inline")
 )
-FUSING, WAITING, HOLDERS, TWINS = (
-    f"fused_rect/fusion/{name}.py" for name in ("__init__", "waiting", "holders", "twins")
+FUSING, WAITING, HOLDERS, TWINS, NORMS, READERS = (
+    f"fused_rect/fusion/{name}.py" for name in ("__init__", "waiting", "holders", "twins", "norms", "readers")
 )
 COMPILED = ["tests/compile/test_compile_surroundings.py", "tests/compile/test_compile.py"]
 PROFILE_FAULTS = ["tests/profiling/test_profile_faults.py", "tests/profiling/test_perf_measure.py"]
@@ -72,7 +72,7 @@ FOCUSED = {
     **dict.fromkeys((CHECKPOINT, FOLDER, LOG, RUNNER, FORMATS, ARCHIVES), STUDY_FAULTS),
     FILES: ["tests/test_files.py"],
     **dict.fromkeys((CLI, PROFILE, MEASURE, RECORDS, NAMED), PROFILE_FAULTS),
-    **{file: ["tests/fusion"] for file in (FUSING, WAITING, HOLDERS, TWINS)},
+    **{file: ["tests/fusion"] for file in (FUSING, WAITING, HOLDERS, TWINS, NORMS, READERS)},
     PEERS: ["tests/profiling/test_profile.py"],
     CLOCKS: ["tests/profiling/test_perf_measure.py"],
     **{file: ["tests/gpu/test_gpu_steps.py"] for file in (AGREEMENT, LARGE, STEPS, SUITE)},
@@ -113,21 +113,53 @@ MUTANTS = [
     Mutant(CALLS, "an absent bias gradient", "of_bias if need_bias else None", "of_bias"),
     # ---- fuse()
     Mutant(FUSING, "others' hooks go too", "if isinstance(hook, Hook)]", "if hook]"),
+    Mutant(RECTIFY, "a norm without its mean", "bias -= _look_up(p.mean", "bias += _look_up(p.mean"),
+    Mutant(RECTIFY, "a norm that scales nothing", "z *= scale", "z *= 1.0"),
+    Mutant(
+        RECTIFY, "a norm without its weight", "scale *= _look_up(p.norm_weight", "scale += 0 * _look_up(p.norm_weight"
+    ),
+    Mutant(NATIVE, "a norm without eps", "std::sqrt(variances[k] + (A)eps)", "std::sqrt(variances[k])"),
+    Mutant(NATIVE, "a norm's mean is not scaled", "biases[k] -= means[k] * scales[k]", "biases[k] -= means[k]"),
+    Mutant(NORMS, "a norm in training waits", "if training or dispatch_modes()", "if dispatch_modes()"),
+    Mutant(NORMS, "a norm that needs gradients waits", "if torch.is_grad_enabled() and any(", "if False and any("),
+    Mutant(READERS, "hooks do not look on", "and not has_hooks(module)", ""),
+    Mutant(READERS, "an Identity with hooks is passed over", "is nn.Identity and _runs_alone(s)", "is nn.Identity"),
+    Mutant(READERS, "a property is looked up", "hasattr(type(owner), callee.name) or ", ""),
+    Mutant(READERS, "another variable is read", " and steps[argument].value == variable", ""),
+    Mutant(READERS, "a snapshot holds the tensors", "        snapshot.clear()", "        pass"),
+    Mutant(READERS, "others' snapshots are cleared", "and _SNAPSHOTS.isdisjoint(code.co_names)", ""),
+    Mutant(READERS, "a jump is no border", '"JUMP" in steps[at].name or ', ""),
+    Mutant(
+        WAITING,
+        "a norm waits though its input is held",
+        "if not is_last_reader(count, F.batch_norm, frame) or not ",
+        "if not ",
+    ),
+    Mutant(WAITING, "a norm's output is overwritten though it is read later", "not (last or call.in_place)", "False"),
+    Mutant(
+        WAITING, "tensors of inference mode count their versions", "return None if tensor.is_inference() else", "return"
+    ),
+    Mutant(
+        HOLDERS,
+        "prelu is counted through a function",
+        "found += torch.prelu(_probe(), one),",
+        "found += (lambda t: torch.prelu(t, one))(_probe()),",
+    ),
     Mutant(WAITING, "what has been read waits on", 'tensor.__dict__.pop("_fused_rect")', "tensor._fused_rect"),
     Mutant(WAITING, "unread outputs leave the model", "            release_unread()\n", "            pass\n"),
     Mutant(WAITING, "only the first argument is read", "            _release_all(args, kwargs)\n", ""),
     Mutant(WAITING, "a look is a read", "if isinstance(result, _LOOKS) or", "if"),
-    Mutant(WAITING, "changed in place is as it was", "first._version == version):", "True):"),
+    Mutant(WAITING, "changed in place is as it was", "and _version(first) == version):", "):"),
     Mutant(WAITING, "BatchNorm in training is folded", 'norm == "evaluation"):', "norm):"),
     Mutant(WAITING, "a hook holds nothing", "        and len(module._forward_hooks) == 1\n", ""),
     Mutant(WAITING, "a hook of all modules holds nothing", "        and not hooks_on_all()\n", ""),
     Mutant(HOLDERS, "hooks of all modules see what is tried", " and not hooks_on_all():", ":"),
     Mutant(WAITING, "a forward of its own gives new memory", "type(module).forward in _FORWARDS", "True"),
-    Mutant(WAITING, "small outputs are fused", "    if small:\n", "    if False:\n"),
+    Mutant(WAITING, "small outputs are fused", "    if output.small:\n", "    if False:\n"),
     Mutant(WAITING, "small outputs use up the tries", "kind = 2 * module.training + small", "kind = module.training"),
     Mutant(WAITING, "tensors of any layout", "        and _is_dense(output)\n", ""),
     Mutant(HOLDERS, "a variable reads no more", "if count == expected:", "if count >= expected:"),
-    Mutant(HOLDERS, "any variable is replaced", "_names(after)[0] == name", "True"),
+    Mutant(HOLDERS, "any variable is replaced", "names(after)[0] == name", "True"),
     Mutant(HOLDERS, "counted while calls add references", "return _count(object()) == _HANDED_OVER", "return True"),
     Mutant(TWINS, "over what PReLU's backward reads", 'not (call.name == "prelu" and _needs_grad(call))', "True"),
     Mutant(TWINS, "over what a checkpoint keeps", "return dispatch_modes() == 0 and", "return"),

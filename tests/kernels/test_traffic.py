@@ -74,6 +74,7 @@ def test_profiler_is_told_the_same(rule, dtype):
         weight = 4 if rule.learned else 0
         call = launch.rectify_call(x.shape, x.stride(), dtype, rule, tensors["bias"] is not None, weight, need)
         tensors["weight"] = parameter if rule.learned else None
+        tensors.update(mean=None, var=None, norm_weight=None)
         told = traffic.launch_metadata((1,), None, {"out": x, **tensors, **call.numbers, **call.constants})
         expected = traffic.rectify(
             rule,
@@ -87,6 +88,19 @@ def test_profiler_is_told_the_same(rule, dtype):
         )
         name = f"fused_rect_{direction}_{rule.name}"
         assert told == {"name": name, "bytes": expected.bytes, flops: expected.flops}
+
+
+def test_profiler_is_told_of_a_norms_statistics():
+    x, c = torch.empty(2, 4, 5, 5, dtype=torch.float16), torch.empty(4)
+    rule = Rule.default("relu")
+    call = launch.rectify_call(x.shape, x.stride(), x.dtype, rule, True, 0, Need(), 1e-5)
+    tensors = {"out": x, "x": x, "grad": None, "bits": None, "bias": c, "weight": None, "mean": c, "var": c}
+    for weight, length in ((None, 8), (c, 12)):
+        arguments = {**tensors, "norm_weight": weight, **call.numbers, **call.constants}
+        told = traffic.launch_metadata((1,), None, arguments)
+        expected = traffic.rectify(rule, 200, 2, bias=4, norm=length, parameter_itemsize=4)
+        assert told == {"name": "fused_rect_forward_relu", "bytes": expected.bytes, "flops32": expected.flops}
+    assert expected.bytes == 800 + 64 and expected.flops == 600
 
 
 def _known(attributes):

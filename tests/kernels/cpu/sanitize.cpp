@@ -166,6 +166,19 @@ static void one() {
     same(out, again, type, "after failures");
   }
 
+  if (slope < drawn) {  // a norm before the bias, of which one statistic may be absent
+    const Memory mean = numbers(r, channels, wide), var = numbers(r, channels, wide), scale = numbers(r, channels, wide);
+    Memory place(x), again(x);
+    const Memory before(again);
+    Call n = c;
+    n.bits = nullptr, n.value = n.out = place.at, n.mean = mean.at, n.var = var.at, n.norm_weight = one_in(r, 2) ? scale.at : nullptr;
+    n.mean_type = n.var_type = n.norm_weight_type = wide, n.eps = 1e-5;
+    run_it(n);
+    n.value = n.out = again.at, n.threads = 3;
+    with_too_little_memory(n, {{&again, before}});
+    same(place, again, type, "threads, or failures, change what is behind a norm");
+  }
+
   for (int by_bits = 0; by_bits <= (slope != learned); by_bits++) {
     Memory dx(r, n, bytes_of[type]), db(r, channels, bytes_of[wide]), dw(r, std::max<int64_t>(weights, 1), bytes_of[wide]);
     Call b = c;
