@@ -109,15 +109,15 @@ MODULE_CALLS = (
 )  # what runs between a call of a module and its forward
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether somebody's code runs beside the forward of ``module``."""
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(own) or any((_module._global_forward_hooks, _module._global_forward_pre_hooks))
-
-
 def hooks_on_all() -> bool:
     """Whether hooks of all modules are registered; they run before a module's own."""
     return bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody's code runs beside the forward of ``module``."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or hooks_on_all()
 
 
 # ---- Inductor
