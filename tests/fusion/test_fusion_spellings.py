@@ -377,3 +377,23 @@ def test_an_input_that_is_read_later_is_not_overwritten(call, reader):
         expected, kept = model(x, w), model.z
         got = fr.fuse(model)(x, w)
     assert torch.equal(got, expected) and (kept is None or torch.equal(model.z, kept))
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_slopes_of_another_length_are_refused_as_they_were(length):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return F.prelu(self.conv(x), x.new_ones(length))
+
+    model, x = Net(), torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError) as expected:
+        model(x)
+    with pytest.raises(RuntimeError) as got:
+        fr.fuse(model)(x)
+    assert str(got.value) == str(expected.value)
+    (site,) = fusion.report(model)
+    assert not site.fused and "arguments" in site.reason

@@ -72,7 +72,7 @@ def run(monkeypatch):
 
     def launch_some(call, first, count, **tensors):
         shifted[0] = first
-        names = "x", "grad", "out", "bits", "bias", "weight", "seed", "partials"
+        names = "x", "grad", "out", "bits", "bias", "weight", "seed", "partials", "mean", "var", "norm_weight"
         dataclasses.replace(call, grid=(count,), compiled={})(*map(tensors.get, names))
         shifted[0] = 0
 
