@@ -64,7 +64,7 @@ def epilogue_arguments(activation: nn.Module) -> tuple[Tensor | None, Rule]:
     raise TypeError(f"activation must be ReLU, LeakyReLU, PReLU or RReLU, got {type(activation).__name__}")
 
 
-# Maps that may run with their rectifier in one call of C++ (kernels/direct.cpp), which subclasses may not: whether they
+# Maps that may run with their rectifier in one call of C++ (kernels/direct/), which subclasses may not: whether they
 # add their bias to CPU and to CUDA tensors.
 _ADDS_BIAS: dict[type[nn.Module], tuple[bool, ...]] = {
     linear_map: tuple(functional.map_adds_bias(rank, torch.device(kind)) for kind in ("cpu", "cuda"))

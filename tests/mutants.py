@@ -22,8 +22,10 @@ PHILOX, RECTIFY, REDUCE, PLAN, LAUNCH = (
     f"{KERNELS}/{name}.py" for name in ("philox", "rectify", "reduce", "plan", "launch")
 )
 NATIVE, BUILD = f"{KERNELS}/cpu/rectify.cpp", f"{KERNELS}/cpu/build.py"
-DIRECT, CUDA = f"{KERNELS}/direct.cpp", f"{KERNELS}/cuda.h"
-HOST, BINDING = f"{KERNELS}/direct.py", f"{KERNELS}/compiled.py"
+DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS, CUDA = (
+    f"{KERNELS}/direct/{name}" for name in ("direct.cpp", "ordinary.h", "running.h", "autograd.h", "layers.h", "cuda.h")
+)
+HOST, BINDING = f"{KERNELS}/direct/__init__.py", f"{KERNELS}/compiled.py"
 EAGER, BACKENDS = "fused_rect/backends/eager.py", "fused_rect/backends/__init__.py"
 DECOMPOSE, SHARDING, BATCHING = "fused_rect/decompose.py", "fused_rect/sharding.py", "fused_rect/ops/batching.py"
 DERIVATIVES, OPS = "fused_rect/ops/derivatives.py", "fused_rect/ops/__init__.py"
@@ -60,7 +62,7 @@ FOCUSED = {
     PLAN: ["tests/kernels/test_plan.py"],
     LAUNCH: ["tests/kernels/test_kernels.py"],
     NATIVE: ["tests/kernels/cpu/test_native.py"],
-    DIRECT: ["tests/ops/test_direct.py", *ON_GPU],
+    **{file: ["tests/ops/test_direct.py", *ON_GPU] for file in (DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS)},
     **dict.fromkeys((CUDA, HOST, BINDING), ON_GPU),
     EAGER: ["tests/kernels/test_kernels.py"],
     DECOMPOSE: ["tests/ops/test_integrations.py"],
@@ -399,40 +401,42 @@ MUTANTS = [
     Mutant(NATIVE, "bits: read without their shift", "words[i] >> shift | words[i + 1] << (64 - shift);", "words[i];"),
     Mutant(NATIVE, "the sides of the kept input's neighbour", "run({value, nullptr, y,", "run({value + 1, nullptr, y,"),
     # ---- the ops in C++
-    Mutant(DIRECT, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),
-    Mutant(DIRECT, "negated parameters as they lie", "  return plain(parameter) && ", "  return "),
-    Mutant(DIRECT, "tensors with gaps", " || !t.is_non_overlapping_and_dense()) return {};", ") return {};"),
-    Mutant(DIRECT, "a bias of another length", " || bias.size(0) != channels_of(t) ||", " ||"),
-    Mutant(DIRECT, "no bump of the version", "input.unsafeGetTensorImpl()->bump_version();", ";"),
-    Mutant(DIRECT, "a parameter inside the input", "parameter.defined() && parameter.is_alias_of(input)", "false"),
-    Mutant(DIRECT, "no bump of a recorded one's", "torch::autograd::impl::bump_version(input);", ";"),
-    Mutant(DIRECT, "the bias's edge for the weight's", "_compute_output(2),", "_compute_output(1),"),
-    Mutant(DIRECT, "the bias of now in backward", "bias.defined() ? bias.clone() : Tensor()", "bias"),
-    Mutant(DIRECT, "a bias added twice", "if (bias_added) call->bias = nullptr;", ""),
-    Mutant(DIRECT, "second derivatives lost", "plain(grad) && !at::GradMode::is_enabled() &&", "plain(grad) &&"),
-    Mutant(DIRECT, "no zeros of second order", "!record.rule.learned() && at::GradMode", "false && at::GradMode"),
-    Mutant(DIRECT, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
-    Mutant(DIRECT, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
-    Mutant(DIRECT, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"),
-    Mutant(DIRECT, "another seed than the one given", "rule.random() && !seed.defined()", "rule.random()"),
-    Mutant(DIRECT, "a device's context listens", "!= (PyTypeObject *)device_context)", "!= nullptr)"),
-    Mutant(DIRECT, "a tangent overlooked", " && !t._fw_grad(0).defined();", ";"),
+    Mutant(ORDINARY, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),
+    Mutant(ORDINARY, "negated parameters as they lie", "  return plain(parameter) && ", "  return "),
+    Mutant(ORDINARY, "tensors with gaps", " || !t.is_non_overlapping_and_dense()) return {};", ") return {};"),
+    Mutant(ORDINARY, "a bias of another length", " || bias.size(0) != channels_of(t) ||", " ||"),
+    Mutant(LAYERS, "no bump of the version", "input.unsafeGetTensorImpl()->bump_version();", ";"),
+    Mutant(ORDINARY, "a parameter inside the input", "parameter.defined() && parameter.is_alias_of(input)", "false"),
+    Mutant(NODE, "no bump of a recorded one's", "torch::autograd::impl::bump_version(input);", ";"),
+    Mutant(NODE, "the bias's edge for the weight's", "_compute_output(2),", "_compute_output(1),"),
+    Mutant(NODE, "the bias of now in backward", "bias.defined() ? bias.clone() : Tensor()", "bias"),
+    Mutant(LAYERS, "a bias added twice", "if (bias_added) call->bias = nullptr;", ""),
+    Mutant(NODE, "second derivatives lost", "plain(grad) && !at::GradMode::is_enabled() &&", "plain(grad) &&"),
+    Mutant(NODE, "no zeros of second order", "!record.rule.learned() && at::GradMode", "false && at::GradMode"),
+    Mutant(NODE, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
+    Mutant(NODE, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
+    Mutant(LAYERS, "a leaf overwritten", "in_place && input.is_leaf() && input.requires_grad()", "in_place && false"),
+    Mutant(ORDINARY, "another seed than the one given", "rule.random() && !seed.defined()", "rule.random()"),
+    Mutant(ORDINARY, "a device's context listens", "!= (PyTypeObject *)device_context)", "!= nullptr)"),
+    Mutant(ORDINARY, "a tangent overlooked", " && !t._fw_grad(0).defined();", ";"),
     # The rest needs softcuda on PYTHONPATH: without it the tests of CUDA tensors are skipped, and these survive.
-    Mutant(DIRECT, "plans of another layout", "{like.sizes(), like.strides()}", "{like.sizes(), like.sizes()}"),
+    Mutant(LAUNCHES, "plans of another layout", "{like.sizes(), like.strides()}", "{like.sizes(), like.sizes()}"),
     Mutant(
-        DIRECT,
+        LAUNCHES,
         "plans of other addresses",
         "bits << 8, aligned, (int64_t)c.type",
         "bits << 8, (int64_t)0, (int64_t)c.type",
     ),
-    Mutant(DIRECT, "plans of other constants", "std::bit_cast<int64_t>(rule.second)})", "(int64_t)0})"),
-    Mutant(DIRECT, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"),
+    Mutant(LAUNCHES, "plans of other constants", "std::bit_cast<int64_t>(rule.second)})", "(int64_t)0})"),
+    Mutant(
+        LAUNCHES, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"
+    ),
     Mutant(DIRECT, "hooks overlooked in forward", "input.is_cuda() && !hooked()", "input.is_cuda()"),
-    Mutant(DIRECT, "a kernel's own hooks overlooked", "i < PyTuple_GET_SIZE(kernels)", "i < 0"),
-    Mutant(DIRECT, "an autocast map as it is", " || under_autocast(input)) return {};", ") return {};"),
+    Mutant(LAUNCHES, "a kernel's own hooks overlooked", "i < PyTuple_GET_SIZE(kernels)", "i < 0"),
+    Mutant(LAYERS, "an autocast map as it is", " || under_autocast(input)) return {};", ") return {};"),
     Mutant(DIRECT, "a padded map as it is", " || PyUnicode_Compare(mode, names[10]))", ")"),
-    Mutant(DIRECT, "a map's bias added twice", "const bool added = map_adds && of_bias;", "const bool added = false;"),
-    Mutant(DIRECT, "hooks overlooked in backward", "(grad.is_cuda() && ask(", "(false && ask("),
+    Mutant(LAYERS, "a map's bias added twice", "const bool added = map_adds && of_bias;", "const bool added = false;"),
+    Mutant(NODE, "hooks overlooked in backward", "(grad.is_cuda() && ask(", "(false && ask("),
     Mutant(
         CUDA,
         "one plan for all of a hash",

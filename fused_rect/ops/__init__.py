@@ -312,7 +312,7 @@ def somebody_listens() -> bool:
 def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
     """The op `rectify`, by the shortest way there is, with a seed drawn where a random rule comes without.
 
-    In C++ (kernels/direct.cpp) but where somebody listens (function transforms, modes, the tracer, profilers) or the
+    In C++ (kernels/direct/) but where somebody listens (function transforms, modes, the tracer, profilers) or the
     tensors are unusual: a dispatch to the op costs a small rectifier several times its work.
     """
     calls = backends.direct(input)

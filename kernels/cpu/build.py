@@ -36,10 +36,10 @@ import torch
 
 KERNELS, DIRECT = "rectify", "direct"
 HERE = Path(__file__).parent
-SOURCES = {KERNELS: HERE / "rectify.cpp", DIRECT: HERE.parent / "direct.cpp"}
+SOURCES = {KERNELS: HERE / "rectify.cpp", DIRECT: HERE.parent / "direct" / "direct.cpp"}
 ENTRIES = {KERNELS: "fused_rect", DIRECT: "fused_rect_direct"}
 HEADER = HERE / "call.h"
-HEADERS = {KERNELS: [HEADER], DIRECT: [HEADER, HERE.parent / "cuda.h"]}
+HEADERS = {KERNELS: [HEADER], DIRECT: [HEADER, *sorted(SOURCES[DIRECT].parent.glob("*.h"))]}
 # Contraction would round the sums' products differently from those that are stored, and float32 differently from eager.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 LIBRARIES = ("-ldl",)

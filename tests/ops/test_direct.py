@@ -1,4 +1,4 @@
-"""The ops called in C++ (kernels/direct.cpp): what they take on equals a dispatcher call; they leave the rest.
+"""The ops called in C++ (kernels/direct/): what they take on equals a dispatcher call; they leave the rest.
 
 For CPU tensors or, where Triton alone is tested and there is a GPU, CUDA tensors.
 """

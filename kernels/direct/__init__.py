@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..internals import DeviceContext
-from ..reference import computed_in
-from ..rules import Need, Rule
-from .cpu import build
+from ...internals import DeviceContext
+from ...reference import computed_in
+from ...rules import Need, Rule
+from ..cpu import build
 
 # As call.h numbers them; the bits and the seed besides.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,8 +70,8 @@ def _obstacle() -> str:
     import triton
     from triton import knobs
 
-    from .rectify import rectify
-    from .reduce import finish
+    from ..rectify import rectify
+    from ..reduce import finish
 
     if not isinstance(rectify, triton.JITFunction):
         return "TRITON_INTERPRET is set"
@@ -116,7 +116,7 @@ class Host:
 
         ``there`` and ``aligned``: bits for x, grad, out, bias, weight, seed; types: indices of TYPES.
         """
-        from . import compiled, launch
+        from .. import compiled, launch
 
         def pointer(place: int, dtype: torch.dtype) -> Pointer | None:
             return Pointer(dtype, bool(aligned >> place & 1)) if there >> place & 1 else None
