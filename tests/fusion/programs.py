@@ -59,6 +59,7 @@ BETWEEN = [
     "n, c, h, w = {0}.shape",
     "if flag: {0} = {0} + 1",
     "{0} = self.bn({0})",
+    "{0} = self.bn({0})",
     "assert {0}.dim() == 4 and len({0})",
     "self.seen = {0}",
     "q = {0}",

@@ -25,14 +25,18 @@ def flat(value):
     return [value]
 
 
-def observed(model, x, flag):
-    """All that a call of ``model`` does: result or error, gradients, buffers, attributes, random numbers drawn."""
+def observed(model, x, flag, mode):
+    """All that a call of ``model`` does: result or error, gradients, buffers, attributes, random numbers drawn.
+
+    mode: of torch's gradients, while it runs.
+    """
     torch.manual_seed(1)
     model.zero_grad()
     leaf = x.clone().requires_grad_()
-    x = leaf.clone()  # a forward may change it in place
     try:
-        y = model(x, flag)
+        with mode():
+            x = leaf.clone()  # a forward may change it in place
+            y = model(x, flag)
         result = flat(y)
         total = sum((t.square().sum() for t in result), x.sum() * 0)
         if total.requires_grad:
@@ -58,8 +62,8 @@ def observed(model, x, flag):
     )
 
 
-def assert_same(fused, plain, x, flag):
-    a, b = observed(fused, x, flag), observed(plain, x, flag)
+def assert_same(fused, plain, x, flag, mode):
+    a, b = observed(fused, x, flag, mode), observed(plain, x, flag, mode)
     if "modified by an inplace operation" in str(b[0][1]):
         return  # what torch keeps for backward was overwritten; ours keeps a bit of it
     assert a[0] == b[0] and a[2] == b[2]
@@ -140,23 +144,23 @@ def reclassed(model):
 CHANGES = [copied, pickled, saved, loaded, edited, hooked, nn.Module.train, nn.Module.eval, reclassed, fr.unfuse]
 
 
-def check(source, fold, changes, flags):
+def check(source, fold, changes, flags, training, mode):
     Net = imported(source)
     try:
         torch.manual_seed(0)
-        plain = Net().double()
+        plain = Net().double().train(training)
         fused = fr.fuse(copy.deepcopy(plain), fold_batchnorm=fold)
         x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
         for flag in flags:
-            assert_same(fused, plain, x, flag)
+            assert_same(fused, plain, x, flag, mode)
         for change in changes:
             fused, plain = change(fused), plain if change is fr.unfuse else change(plain)
-            assert_same(fused, plain, x, flags[0])
-            assert_same(fused, plain, x, not flags[0])
+            assert_same(fused, plain, x, flags[0], mode)
+            assert_same(fused, plain, x, not flags[0], mode)
         fr.unfuse(fused)
         hooks = [h for m in fused.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
         assert not any(isinstance(hook, Hook) for hook in hooks)
-        assert_same(fused, plain, x, True)
+        assert_same(fused, plain, x, True, mode)
     finally:
         sys.modules.pop(Net.__module__)
 
@@ -165,18 +169,21 @@ def check(source, fold, changes, flags):
 changes = st.lists(st.sampled_from(CHANGES[:-3]), max_size=2).flatmap(
     lambda first: st.sampled_from([[], [nn.Module.eval], [reclassed], [fr.unfuse]]).map(lambda last: first + last)
 )
-programs = given(forwards(), st.booleans(), changes, st.lists(st.booleans(), min_size=1, max_size=4))
+modes = st.sampled_from([torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode])
+programs = given(
+    forwards(), st.booleans(), changes, st.lists(st.booleans(), min_size=1, max_size=4), st.booleans(), modes
+)
 usual = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
 @settings(usual, max_examples=50)
 @programs
-def test_a_written_forward_means_the_same_fused(source, fold, changes, flags):
-    check(source, fold, changes, flags)
+def test_a_written_forward_means_the_same_fused(source, fold, changes, flags, training, mode):
+    check(source, fold, changes, flags, training, mode)
 
 
 @pytest.mark.exhaustive
 @settings(usual, max_examples=5000)
 @programs
-def test_five_thousand_written_forwards_mean_the_same_fused(source, fold, changes, flags):
-    check(source, fold, changes, flags)
+def test_five_thousand_written_forwards_mean_the_same_fused(source, fold, changes, flags, training, mode):
+    check(source, fold, changes, flags, training, mode)
