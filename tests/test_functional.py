@@ -232,3 +232,44 @@ def test_a_bound_of_minus_zero_is_not_taken_for_zero(rule, trains, path):
         if trains:
             (grad,) = torch.autograd.grad(y, z, torch.ones_like(y))
             assert torch.equal(grad.signbit(), slope.expand_as(grad).signbit()), bounds
+
+
+class EnabledInInferenceMode:
+    """`torch.enable_grad()` inside: torch's own operations record nothing there."""
+
+    def __enter__(self):
+        self.modes = torch.inference_mode(), torch.enable_grad()
+        for mode in self.modes:
+            mode.__enter__()
+
+    def __exit__(self, *error):
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "rrelu"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("inner", [False, True], ids=["made outside", "made in inference mode"])
+def test_inference_mode_records_nothing_whatever_is_enabled_in_it(path, name, in_place, inner):
+    function = getattr(fr.functional, f"bias_{name}" + "_" * in_place)
+    weights = [torch.full((3,), 0.3, requires_grad=True)] if name == "prelu" else []
+    outside, bias = torch.randn(2, 3, 4), torch.randn(3, requires_grad=True)
+    expected = getattr(fr.functional, f"bias_{name}")(outside, bias, *weights).detach()
+    with EnabledInInferenceMode():
+        x = outside.clone() if inner else outside
+        got = function(x, bias, *weights)
+        assert not got.requires_grad and got.grad_fn is None
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "PReLU", "RReLU"])
+@pytest.mark.parametrize("linear_map", ["Linear{}", "Conv2d", "ConvTranspose2d"])
+def test_layers_record_nothing_in_inference_mode(path, name, linear_map):
+    made = linear_map.format(name) if linear_map == "Linear{}" else linear_map.replace("2d", f"{name}2d")
+    layer = getattr(fr.nn, made)(*((3, 5) if linear_map == "Linear{}" else (3, 5, 1))).eval()
+    x = torch.randn(2, 3) if linear_map == "Linear{}" else torch.randn(2, 3, 4, 4)
+    expected = layer(x).detach()
+    with EnabledInInferenceMode():
+        got = layer(x)
+        assert not got.requires_grad
+    assert torch.equal(got, expected)

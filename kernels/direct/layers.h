@@ -12,9 +12,9 @@ std::optional<Tensor> run(
   if (!call || (in_place && (overlap(bias, input) || overlap(weight, input)))) return {};
   if (bias_added) call->bias = nullptr;  // it is there for its gradient alone
   const bool recorded =
-      at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({input, bias, weight});
+      gradients_are_wanted() && torch::autograd::any_variable_requires_grad({input, bias, weight});
   // Leaves and views are autograd's difficult cases, and in-place PReLU keeps a copy: all in ops/autograd.py.
-  if (recorded && below_autograd(input)) return {};
+  if (recorded && below_autograd()) return {};
   if (in_place && input.is_inference() && !c10::InferenceMode::is_enabled()) return {};
   if (recorded && in_place && (rule.learned() || input.is_view())) return {};
   if (recorded && in_place && input.is_leaf() && input.requires_grad()) return {};
@@ -37,7 +37,7 @@ std::optional<Tensor> run(
 Tensor finished(
     const Tensor &z, const Tensor &bias, const Tensor &weight, Tensor seed, const Rule &rule, bool bias_added) {
   const bool recorded =
-      at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad({z, bias, weight});
+      gradients_are_wanted() && torch::autograd::any_variable_requires_grad({z, bias, weight});
   const bool in_place = !(recorded && rule.learned());  // whose backward reads z
   if (auto out = run(z, bias, weight, seed, rule, bias_added, in_place)) return *out;
   if (draws(rule, seed)) seed = new_seed(z);
@@ -67,7 +67,7 @@ struct Geometry {
 std::optional<Tensor> mapped(
     const Tensor &input, const Tensor &map_weight, const std::optional<Geometry> &geometry, bool map_adds,
     const Tensor &bias, const Tensor &weight, const Tensor &seed, const Rule &rule) {
-  if (!nobody_listens() || below_autograd(input) || under_autocast(input)) return {};
+  if (!nobody_listens() || (gradients_are_wanted() && below_autograd()) || under_autocast(input)) return {};
   if (!plain(input) || type_of(input.scalar_type()) < 0) return {};
   for (const Tensor *const t : {&map_weight, &bias, &weight}) {
     if (!t->defined()) continue;
@@ -77,7 +77,7 @@ std::optional<Tensor> mapped(
   if (map_weight.dim() != dims || (geometry ? input.dim() != dims : input.dim() < 2)) return {};
   if (bias.defined() && bias.dim() != 1) return {};
 
-  const bool of_bias = bias.defined() && at::GradMode::is_enabled() && bias.requires_grad();
+  const bool of_bias = bias.defined() && gradients_are_wanted() && bias.requires_grad();
   const Tensor to_map = !map_adds ? Tensor() : of_bias ? bias.variable_data() : bias;
   const Tensor to_rectifier = map_adds && !of_bias ? Tensor() : bias;
   const bool added = map_adds && of_bias;

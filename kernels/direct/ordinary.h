@@ -69,16 +69,15 @@ bool nobody_listens() {
   return (local.included_ - usual).empty() && !functions_are_seen() && !at::hasCallbacks();
 }
 
-bool is_excluded(c10::DispatchKey of_cuda, c10::DispatchKey of_cpu, const Tensor &t) {
-  return c10::impl::tls_is_dispatch_key_excluded(t.is_cuda() ? of_cuda : of_cpu);
-}
+bool below_autograd() { return c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality); }
 
-bool below_autograd(const Tensor &t) {
-  return is_excluded(c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutogradCPU, t);
-}
+// Whether autograd would record a call, unless it is below autograd. In inference mode it records nothing, whatever
+// `torch.enable_grad()` inside of it says.
+bool gradients_are_wanted() { return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }
 
 bool under_autocast(const Tensor &t) {
-  return !is_excluded(c10::DispatchKey::AutocastCUDA, c10::DispatchKey::AutocastCPU, t);
+  return !c10::impl::tls_is_dispatch_key_excluded(
+      t.is_cuda() ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU);
 }
 
 // A dense tensor's keys and no others: not fake, functional, batched, negated, quantized, nested, sparse, of a subclass

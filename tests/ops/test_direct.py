@@ -22,8 +22,9 @@ from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu, numbers
 
 BACKEND = "triton" if os.environ.get("FUSED_RECT_BACKEND") == "triton" else "native"
 DEVICE = "cuda" if BACKEND == "triton" else "cpu"
+THERE = torch.cuda.is_available() if DEVICE == "cuda" else cpu.available()
 with fr.backend(BACKEND if DEVICE == "cuda" else "auto"):
-    DIRECT = backends.direct(torch.empty(0, device=DEVICE)) if DEVICE == "cuda" or cpu.available() else None
+    DIRECT = backends.direct(torch.empty(0, device=DEVICE)) if THERE else None
 pytestmark = [
     pytest.mark.ptx,
     pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {direct.why(DEVICE)}"),
