@@ -33,9 +33,12 @@ def forward_ad_active() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+tracing_state = torch._C._get_tracing_state
+
+
 def jit_tracing() -> bool:
     """Whether torch.jit.trace is under way."""
-    return torch._C._get_tracing_state() is not None
+    return tracing_state() is not None
 
 
 # ---- autograd

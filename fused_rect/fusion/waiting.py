@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import ops
-from ..internals import dispatch_modes, hooks_on_all, jit_tracing, transforms_active, without_subclasses
+from ..internals import dispatch_modes, hooks_on_all, tracing_state, transforms_active, without_subclasses
 from ..ops.checks import FLOATING
 from . import norms
 from .holders import caller_of, is_last_reader
@@ -119,7 +120,7 @@ class Waiting(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if is_compiling():
             with without_subclasses():
                 return func(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
@@ -262,7 +263,8 @@ class Reader(Hook):
         self.compiled = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or type(output) is not Tensor or jit_tracing():
+        # Each call pays for these lines: an attribute or a function of ours less is a hundredth of a small pair's time.
+        if is_compiling() or type(output) is not Tensor or tracing_state() is not None:
             return
         size = output.numel()
         small = size < MIN_ELEMENTS
@@ -279,7 +281,7 @@ class Leave(Hook):
     """The forward hook of a fused model: what nobody read leaves it as an ordinary tensor."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling() and _thread.unread:
             release_unread()
 
 
