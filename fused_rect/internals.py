@@ -33,7 +33,7 @@ def forward_ad_active() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-tracing_state = torch._C._get_tracing_state
+tracing_state = torch._C._get_tracing_state  # None unless torch.jit.trace is under way
 
 
 def jit_tracing() -> bool:
@@ -106,10 +106,8 @@ without_subclasses: Any = torch._C.DisableTorchFunctionSubclass  # a context in 
 
 # ---- modules
 
-MODULE_CALLS = (
-    _module.Module.__call__,
-    _module.Module._call_impl,
-)  # what runs between a call of a module and its forward
+# What runs between a call of a module and its forward.
+MODULE_CALLS = (_module.Module.__call__, _module.Module._call_impl)
 
 
 def hooks_on_all() -> bool:

@@ -115,8 +115,8 @@ def _as_weight(per_channel: Tensor, weight: Tensor) -> Tensor:
 
 def _rectify_call(like: Tensor, parameters: Parameters, rule: Rule, need: Need, norm: Norm | None = None) -> Call:
     weight = 0 if parameters.weight is None else parameters.weight.numel()
-    by_channel, eps = parameters.bias is not None or norm is not None, () if norm is None else (norm.eps,)
-    return rectify_call(like.shape, like.stride(), like.dtype, rule, by_channel, weight, need, *eps)
+    by_channel, eps = parameters.bias is not None or norm is not None, None if norm is None else norm.eps
+    return rectify_call(like.shape, like.stride(), like.dtype, rule, by_channel, weight, need, eps)
 
 
 def rectify_call(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..internals import dispatch_modes, hooks_on_all, tracing_state, transforms_active, without_subclasses
+from ..internals import hooks_on_all, tracing_state, transforms_active, without_subclasses
 from ..ops.checks import FLOATING
 from . import norms
 from .holders import caller_of, is_last_reader
@@ -221,7 +221,7 @@ def _filled(twin: Twin, first: Tensor, output: Output, last: bool, args: Any, kw
     if call is None or output.deferred is None or not (last or call.in_place):
         return False
     rule, weight = rule_of(call)
-    if rule.random or dispatch_modes():
+    if rule.random:
         return False
     norms.fill(first, output.deferred, rule, weight)
     if call.in_place and not first.is_inference():
