@@ -1,17 +1,15 @@
 """A run's files: written whole or not at all, so that a run killed at any moment goes on from the last checkpoint, and
 verified before they are read, so that a damaged one is refused by name and never resumed from.
 
-Both kinds of files carry a CRC-32: of a checkpoint's bytes, as the comment of the zip archive that `torch.save` makes,
-and of a JSON object's text, as one more entry. (The CRC-32 of zip's own records, which `torch.load` does not look at,
-does not cover the archive's directory: there is a bit in it that makes another tensor of an intact record.)
+Both kinds of files carry a CRC-32: of a checkpoint's bytes, as four more behind what `torch.save` writes, and of a JSON
+object's text, as one more entry. (The CRC-32 of zip's own records, which `torch.load` does not look at, does not cover
+the archive's directory: there is a bit in it that makes another tensor of an intact record.)
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,29 +24,8 @@ _CHANGED = "its contents are not those that were written: another CRC-32"
 def save(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save to a disk that is full says what its archive lacks, not what is wrong
     torch.save(state, buffer)
-    contents = buffer.getbuffer()[:-2]  # the length of a comment ends the archive
-    comment = _comment(zlib.crc32(contents))
-    files.replace(path, lambda file: (file.write(contents), file.write(comment)))
-
-
-def _comment(crc: int) -> bytes:
-    text = f"crc32 {crc:08x}".encode()
-    return struct.pack("<H", len(text)) + text
-
-
-def _whole(path: Path) -> bool:
-    """Whether the bytes of ``path`` are those that :func:`save` wrote."""
-    length = len(_comment(0))
-    with path.open("rb") as file:
-        end = max(file.seek(0, os.SEEK_END) - length, 0)
-        file.seek(end)
-        comment, crc = file.read(), 0
-        if comment[:8] != _comment(0)[:8]:
-            return False
-        file.seek(0)
-        while contents := file.read(min(1 << 20, end - file.tell())):
-            crc = zlib.crc32(contents, crc)
-    return comment == _comment(crc)
+    contents = buffer.getvalue()
+    files.replace(path, lambda file: file.write(contents + zlib.crc32(contents).to_bytes(4, "little")))
 
 
 def load(path: Path, identity: str) -> dict[str, Any] | None:
@@ -56,9 +33,11 @@ def load(path: Path, identity: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        if not _whole(path):
+        data = path.read_bytes()
+        contents, crc = data[:-4], int.from_bytes(data[-4:], "little")
+        if zlib.crc32(contents) != crc:
             raise ValueError(_CHANGED)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch.load fails in many ways on a file that is not its own
         raise ValueError(f"{path} is not a readable checkpoint ({_said(error)}); delete it to start anew") from error

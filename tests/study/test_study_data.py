@@ -1,110 +1,19 @@
-"""Loaders on small files in the data sets' own formats and on the real ones here; pickles that must not run."""
+"""Loaders on small files in the data sets' own formats and on the real ones here."""
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
-from fused_rect.study import archives, data, formats
+from fused_rect.study import data, formats
 from fused_rect.study.formats import DataError
 
 pytest.importorskip("PIL")
-
-# ---- pickles ----
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.binary(), inner),
-    max_leaves=10,
-)
-
-
-@given(plain, st.sampled_from([3, 4]))
-def test_plain_values_come_out_as_they_went_in(value, protocol):
-    assert archives.loads(pickle.dumps(value, protocol)) == value
-
-
-@given(
-    arrays.arrays(st.sampled_from([np.uint8, np.int64, ">i4", np.float32, np.bool_]), arrays.array_shapes(min_side=0)),
-    st.sampled_from([0, 1, 2, 3, 4]),
-    st.booleans(),
-)
-def test_arrays_come_out_as_they_went_in(array, protocol, fortran):
-    array = np.asfortranarray(array) if fortran else array
-    found = archives.loads(pickle.dumps({"data": array}, protocol))
-    np.testing.assert_array_equal(found["data"], array)
-
-
-def test_python_2_pickle():
-    """What Python 2 wrote: byte strings as str, numpy.core.multiarray, raw bytes in the array's state."""
-    text = (
-        b"(dp0\nS'data'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\ntp6\nRp7\n"
-        b"(I1\n(I2\nI2\ntp8\ncnumpy\ndtype\np9\n(S'u1'\np10\nI0\nI1\ntp11\nRp12\n(I3\nS'|'\np13\nNNNI-1\nI-1\nI0\ntp14\n"
-        b"bI00\nS'\\x01\\x02\\x03\\xff'\np15\ntp16\nbsS'labels'\np17\n(lp18\nI3\nas."
-    )
-    found = archives.loads(text)
-    np.testing.assert_array_equal(found[b"data"], np.array([[1, 2], [3, 255]], np.uint8))
-    assert found[b"labels"] == [3]
-
-
-class Runs:
-    """Its pickle calls a function when it is loaded."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-    def __repr__(self):  # a test's name, which must be the same in every process
-        return f"Runs({self.call[0].__name__})"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        Runs(os.system, "true"),
-        Runs(eval, "1"),
-        Runs(getattr, np.ndarray, "tofile"),
-        {"data": [Runs(os.getcwd)]},
-        np.array([object], dtype=object),
-        np.array([(1, 2)], dtype=[("a", "i4"), ("b", "i4")]),
-        np.array(["text"]),
-        np.ma.masked_array([1], [True]),
-        {1, 2},
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_anything_else_is_refused(value, protocol):
-    with pytest.raises(archives.UnsafePickle):
-        archives.loads(pickle.dumps(value, protocol))
-
-
-def test_nothing_runs(tmp_path):
-    mark = tmp_path / "ran"
-    with pytest.raises(archives.UnsafePickle, match=r"posix\.system|nt\.system"):
-        archives.loads(pickle.dumps(Runs(os.system, f"touch {mark}"), 2))
-    assert not mark.exists()
-
-
-@given(st.binary(max_size=60), st.integers(0, 100))
-def test_damaged_pickles_are_refused_not_crashes(noise, cut):
-    whole = pickle.dumps({b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), b"labels": [1, 2]}, 2)
-    for text in (noise, whole[:cut], whole[:cut] + noise):
-        with contextlib.suppress(archives.UnsafePickle):
-            archives.loads(text)
-
 
 # ---- CIFAR in all its forms ----
 
