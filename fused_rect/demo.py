@@ -7,7 +7,6 @@ weights and see the same batches in the same order, so that losses can be subtra
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -172,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
             **facts, "protocol": asdict(protocol), "seed": options.seed, "tolerance": tolerance,
             "results": [asdict(result) for result in results],
         }  # fmt: skip
-        files.replace_text(options.json, json.dumps(figures, indent=2) + "\n")
+        files.replace_json(options.json, figures)
     # Wide enough for the table wherever the output goes: a terminal narrower than that may scroll.
     Console(width=max(console.width, 118)).print(table(results))
     tolerances = ", ".join(f"{value:g} in {str(dtype).removeprefix('torch.')}" for dtype, value in TOLERANCE.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import tempfile
@@ -39,6 +40,10 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """:func:`replace` by ``text`` as UTF-8; what is no text (a path may hold it) becomes an escape."""
     replace(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def check(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -70,8 +69,8 @@ def check(names: Sequence[str], size: str, where: dict[str, Any], base: Path) ->
             log.write(f"==== {name}\n")
             found[name] = running.run(name, size, budgets[name] * SIZES[size].patience, log)
             print(f"{name}: {found[name]['outcome']} ({found[name]['seconds']} s)", flush=True)
-            content = json.dumps({"machine": where, "size": size, "budgets": budgets, "steps": found}, indent=1)
-            files.replace_text(base.with_name(f"{base.name}.json"), content + "\n")
+            content = {"machine": where, "size": size, "budgets": budgets, "steps": found}
+            files.replace_json(base.with_name(f"{base.name}.json"), content)
             try:
                 files.replace_text(base.with_name(f"{base.name}.md"), report.markdown(where, found, budgets))
             except Exception:  # the steps are worth more than how they are told: the JSON file has them

@@ -58,10 +58,6 @@ def _refuse_another(path: Path, what: str, found: Any, identity: str) -> None:
         )
 
 
-def save_json(path: Path, value: Any) -> None:
-    files.replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """``value`` with the CRC-32 of its own JSON, for :func:`unsealed`."""
     return {**value, "crc32": _crc(value)}
@@ -83,7 +79,7 @@ def _crc(value: dict[str, Any]) -> str:
 
 
 def save_result(path: Path, identity: str, result: dict[str, Any]) -> None:
-    save_json(path, sealed({"identity": identity, **result}))
+    files.replace_json(path, sealed({"identity": identity, **result}))
 
 
 def load_result(path: Path, identity: str) -> dict[str, Any] | None:

@@ -44,7 +44,8 @@ def measure(
 
 
 def _cost(protocol: Protocol, variant: str, dataset: Dataset, device: torch.device, rounds: int) -> Cost:
-    runs = [_run(replace(protocol, epilogue=epilogue), variant, dataset, device) for epilogue in ("fused", "eager")]
+    protocols = [replace(protocol, epilogue=epilogue) for epilogue in ("fused", "eager")]
+    runs = [Run(Job(p, variant, 0, Path("unused")), dataset, device) for p in protocols]
     for run in runs:
         _seconds(run, 2)
     steps = min(STEPS, runs[0].per_epoch)
@@ -60,10 +61,6 @@ def _cost(protocol: Protocol, variant: str, dataset: Dataset, device: torch.devi
         variant, median(f for f, _ in times), median(e for _, e in times),
         median(ratios), min(ratios), max(ratios), fused_bytes, eager_bytes,
     )  # fmt: skip
-
-
-def _run(protocol: Protocol, variant: str, dataset: Dataset, device: torch.device) -> Run:
-    return Run(Job(protocol, variant, 0, Path("unused")), dataset, device)
 
 
 def _seconds(run: Run, steps: int) -> float:
@@ -85,9 +82,4 @@ def _bytes(run: Run) -> int:
     """The peak of what one update allocates, gradients included."""
     run.step = 0
     run.optimizer.zero_grad(set_to_none=True)
-    if run.device.type != "cuda":
-        return peak_live_bytes(run.update)
-    torch.cuda.reset_peak_memory_stats(run.device)
-    before = torch.cuda.memory_allocated(run.device)
-    run.update()
-    return torch.cuda.max_memory_allocated(run.device) - before
+    return peak_live_bytes(run.update, run.device)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import files
 from . import checkpoint
 from .protocol import Protocol
 
@@ -28,7 +29,7 @@ def claimed(folder: Path, protocol: Protocol, data_sha256: str, processes: int) 
         if path.exists():
             _compare(path, mine)
         else:
-            checkpoint.save_json(path, checkpoint.sealed(mine))
+            files.replace_json(path, checkpoint.sealed(mine))
         for left in folder.rglob(".*.part"):
             left.unlink(missing_ok=True)
         yield

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import re
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..perf.svg import INK, LINE, MUTED, STYLE, element
 from . import statistics
 from .variants import VARIANTS
 
-# Stand-ins that matplotlib writes into the SVG and that become the page's CSS variables.
-_INK, _GRID = "#010101", "#020202"
 _SERIES = {key: f"#0300{i:02d}" for i, key in enumerate(VARIANTS, 10)}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fused_rect",
-    "font.size": 11,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
+_SHOWN = {color: f"var(--series-{i})" for i, color in enumerate(_SERIES.values(), 1)}
+_SHOWN |= {INK: "var(--ink)", MUTED: "var(--soft)", LINE: "var(--line)"}
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)), "-")
 PANELS = (
     ("train_loss", "Training log-loss, as the updates saw it"),
@@ -52,7 +30,7 @@ def learning_curves(runs: list[dict[str, Any]]) -> str:
     if not kept:
         return ""
     frame = pd.DataFrame([{"variant": r["variant"], **entry} for r in kept for entry in r["history"]])
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
         for axis, (column, title) in zip(axes, PANELS):
             for i, key in enumerate(statistics.order(frame)):
@@ -64,17 +42,17 @@ def learning_curves(runs: list[dict[str, Any]]) -> str:
                     marker="o", markersize=3, label=VARIANTS[key].label,
                 )  # fmt: skip
                 axis.fill_between(means.index, bounds[:, 0], bounds[:, 1], color=_SERIES[key], alpha=0.12, linewidth=0)
-            axis.set_title(title, fontsize=11, loc="left")
+            axis.set_title(title)
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        return _svg(figure, "curves")
+        return element(figure, "Learning curves", _SHOWN)
 
 
 def differences(frame: pd.DataFrame) -> str:
     """Each variant against the first (ReLU): every seed's difference as a dot, the mean with its 95 % interval."""
     first, *others = statistics.order(frame)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(12, 0.62 * len(others) + 1.3), sharey=True, layout="constrained")
         for axis, metric in zip(axes, statistics.METRICS):
             wide = frame.pivot(index="seed", columns="variant", values=metric) * (100 if metric == "test_error" else 1)
@@ -87,24 +65,11 @@ def differences(frame: pd.DataFrame) -> str:
                 axis.plot(d, np.full(len(d), row + 0.22), ".", color=color, alpha=0.45, markersize=5)
                 axis.plot([low, high], [row, row], color=color, linewidth=2.5, solid_capstyle="round")
                 axis.plot(d.mean(), row, "o", color=color, markersize=7)
-            axis.axvline(0, color=_INK, linewidth=1)
+            axis.axvline(0, color=INK, linewidth=1)
             axis.set_yticks(range(len(others)), [VARIANTS[key].label for key in others])
             axis.set_ylim(len(others) - 0.45, -0.45)
             unit = " (percentage points)" if metric == "test_error" else ""
             axis.set_xlabel(f"{statistics.METRICS[metric]} − that of {VARIANTS[first].label}{unit}")
             axis.grid(axis="y", visible=False)
             axis.tick_params(axis="y", length=0)
-        return _svg(figure, "differences")
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """Inline SVG; identifiers get the figure's name, since a page's ids must differ."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for i, color in enumerate(_SERIES.values(), 1):
-        text = text.replace(color, f"var(--series-{i})")
-    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--line)")
-    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+        return element(figure, "Differences from the first rectifier", _SHOWN)

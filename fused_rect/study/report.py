@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .. import files
 from ..environment import machine
-from . import checkpoint, paper, statistics
+from . import paper, statistics
 from .cost import Cost
 from .data import Dataset
 from .protocol import SOURCE, Protocol, deviations
@@ -65,9 +65,8 @@ def _plain(value: Any) -> Any:
 
 def write(folder: Path, value: dict[str, Any]) -> None:
     """results.json and report.html in ``folder``."""
-    checkpoint.save_json(folder / "results.json", value)
-    page = html(value).encode()
-    files.replace(folder / "report.html", lambda file: file.write(page))
+    files.replace_json(folder / "results.json", value)
+    files.replace_text(folder / "report.html", html(value))
 
 
 def html(value: dict[str, Any]) -> str:
@@ -78,7 +77,7 @@ def html(value: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(percent=percent, loss=loss, p=_p, mb=lambda b: f"{b / 1e6:.2f}")
+    environment.filters.update(percent=percent, loss=loss, p=statistics.p_value, mb=lambda b: f"{b / 1e6:.2f}")
     several = len(statistics.order(frame)) > 1
     return environment.get_template("report.html").render(
         **value,
@@ -109,11 +108,8 @@ def rows(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def show(console: Console, value: dict[str, Any]) -> None:
     where = f"{value['data']['name']}, {value['protocol']['network']}"
-    table = Table(title=f"{where}: mean [95 % interval] over seeds", title_justify="left")
-    table.add_column("rectifier", no_wrap=True)
-    table.add_column("seeds", justify="right")
-    for heading in ("error %", "log-loss", "train error %\n(eval mode)", "train error %\n(train mode)"):
-        table.add_column(heading, justify="right")
+    headings = ("error %", "log-loss", "train error %\n(eval mode)", "train error %\n(train mode)")
+    table = _table(f"{where}: mean [95 % interval] over seeds", "rectifier", "seeds", *headings)
     table.add_column("the paper's\nCIFAR-10 test error %", justify="right", style="dim")
     for row in rows(value):
         figures = (
@@ -127,33 +123,36 @@ def show(console: Console, value: dict[str, Any]) -> None:
         console.print(_pairs_table(value["differences"][metric], name, metric))
     if value["cost"]:
         console.print(_cost_table(value["cost"]))
-    console.print("[bold]What these data can and cannot separate[/bold]")
-    for sentence in value["conclusions"]:
-        console.print(f"- {sentence}", highlight=False, markup=False)
-    console.print("[bold]Departures from[/bold] " + value["deviations_from"])
-    for line in value["deviations"]:
-        console.print(f"- {line}", highlight=False, markup=False)
+    for heading, lines in (
+        ("What these data can and cannot separate", value["conclusions"]),
+        (f"Departures from {value['deviations_from']}", value["deviations"]),
+    ):
+        console.print(heading, style="bold", highlight=False, markup=False)
+        for line in lines:
+            console.print(f"- {line}", highlight=False, markup=False)
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _pairs_table(pairs: list[dict[str, Any]], name: str, metric: str) -> Table:
-    table = Table(title=f"Paired differences in {name}", title_justify="left")
-    table.add_column("pair", no_wrap=True)
-    for heading in ("difference [95 %]", "Holm p"):
-        table.add_column(heading, justify="right")
+    table = _table(f"Paired differences in {name}", "pair", "difference [95 %]", "Holm p")
     for pair in pairs:
         figure = {"mean": pair["difference"], "low": pair["low"], "high": pair["high"]}
         text = percent(figure) if metric == "test_error" else loss(figure)
-        style = "bold" if pair["separated"] else ""
         labels = f"{VARIANTS[pair['b']].label} − {VARIANTS[pair['a']].label}"
-        table.add_row(labels, text, _p(pair["p_holm"]), style=style)
+        table.add_row(labels, text, statistics.p_value(pair["p_holm"]), style="bold" if pair["separated"] else "")
     return table
 
 
 def _cost_table(costs: list[dict[str, Any]]) -> Table:
-    table = Table(title="Cost, fused against eager in turns", title_justify="left")
-    table.add_column("rectifier", no_wrap=True)
-    for heading in ("epoch, fused", "epoch, eager", "eager / fused [range]", "peak fused MB", "peak eager MB"):
-        table.add_column(heading, justify="right")
+    headings = ("epoch, fused", "epoch, eager", "eager / fused [range]", "peak fused MB", "peak eager MB")
+    table = _table("Cost, fused against eager in turns", "rectifier", *headings)
     for c in costs:
         table.add_row(
             VARIANTS[c["variant"]].label, f"{c['fused_seconds']:.3f} s", f"{c['eager_seconds']:.3f} s",
@@ -179,7 +178,3 @@ def _figure(figure: dict[str, Any], factor: float, places: int) -> str:
     if low is None or pd.isna(low):
         return text.replace("-", "−")
     return f"{text} [{factor * low:.{places}f}, {factor * high:.{places}f}]".replace("-", "−")
-
-
-def _p(value: float | None) -> str:
-    return statistics.p_value(math.nan if value is None else value)

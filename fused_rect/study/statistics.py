@@ -230,5 +230,5 @@ def _signed(value: float, metric: str) -> str:
     return ("−" if value < 0 else "+") + _amount(abs(value), metric)
 
 
-def p_value(p: float, relation: str = "") -> str:
-    return "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{relation}{p:.3f}"
+def p_value(p: float | None, relation: str = "") -> str:
+    return "n/a" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{relation}{p:.3f}"

@@ -24,18 +24,8 @@ def suite(tests: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield {"ok": None, "case": "tests", "why": f"there are none beside the package in {ROOT}: a checkout has them"}
         return
     workers = min(WORKERS, os.cpu_count() or 1)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-m",
-        "ptx",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
-    command += [*tests, *(["-n", str(workers)] if workers > 2 else [])]
+    pytest = ["-m", "pytest", "-v", "-m", "ptx", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [sys.executable, *pytest, *tests, *(["-n", str(workers)] if workers > 2 else [])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FUSED_RECT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     counts: Counter[str] = Counter()

@@ -58,11 +58,12 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    fraction: float  # of the time that the bytes alone would take
-    bound: str  # "memory", "issue" or another pipe, "in flight"
-    resident: int  # programs a multiprocessor holds at once
-    in_flight: int  # bytes of loads in flight a multiprocessor
-    budget: float  # issue cycles an element at full bandwidth, in warp instructions a lane
+    """Without arguments: of a target without a model."""
+
+    fraction: float | None = None  # of the memory roofline: of the time that the bytes alone would take
+    bound: str = ""  # "memory", "issue" or another pipe, "in flight"
+    resident: int = 0  # programs a multiprocessor holds at once
+    in_flight_sm: int = 0  # bytes of loads in flight a multiprocessor
 
 
 def occupancy(gpu: GPU, threads: int, registers: int, shared: int) -> int:
@@ -114,5 +115,4 @@ def predict(
         "in flight": bytes_per_element * gpu.latency / (at_once * gpu.multiprocessors) if at_once else math.inf,
     }
     bound = max(times, key=lambda name: times[name])
-    budget = rate * times["memory"]
-    return Prediction(times["memory"] / times[bound], bound, resident, int(at_once), budget)
+    return Prediction(times["memory"] / times[bound], bound, resident, int(at_once))

@@ -24,18 +24,10 @@ def folder(version: str) -> Path:
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as staging:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            staging,
-            f"triton=={version}",
-        ]
-        done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+        pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", staging, f"triton=={version}"]
+        done = subprocess.run(
+            [sys.executable, *pip], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        )
         if done.returncode:
             raise Unavailable(f"pip could not install triton=={version}: {done.stdout.strip().splitlines()[-1]}")
         if not place.exists():  # another process may have been faster

@@ -13,8 +13,8 @@ import pandas as pd
 
 from . import plots, report
 from .compare import Comparison
-from .peers import COPY, EAGER, FUSED, MATMUL, YARDSTICKS
-from .records import cases, judged, one
+from .peers import EAGER, FUSED, YARDSTICKS
+from .records import cases, one
 from .scaling import curves
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -59,7 +59,6 @@ def page(
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     measured = records[(records.part != "machine") & ~records.workload.str.startswith("scaling ")]
     return template.get_template(TEMPLATE.name).render(
-        tiles=_tiles(records),
         conclusions=list(report.conclusions(records)),
         ratios=_ratio_charts(measured),
         memory=_memory_charts(measured),
@@ -71,26 +70,6 @@ def page(
         command=command,
         comparison=comparison,
     )
-
-
-def _tiles(records: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """Headline figures: value, what it is, and its kind."""
-    tiles = []
-    for part in ("model", "layer", "epilogue"):
-        counts = judged(records[records.part == part])
-        for word, kind in (("faster", "good"), ("slower", "warn")):
-            if total := sum(counts.values()):
-                tiles.append(
-                    (f"{counts[word]} of {total}", f"{part} cases {word} than eager", kind if counts[word] else "")
-                )
-    copy, product = (one(records[records.part == "machine"], peer) for peer in (COPY, MATMUL))
-    if copy is not None:
-        tiles.append((f"{copy.bytes / copy.seconds / 1e9:.1f} GB/s", "the machine's copy", ""))
-    if product is not None:
-        tiles.append(
-            (f"{product.flops / product.seconds / 1e9:.0f} GFLOP/s", f"its {product.dtype} matrix product", "")
-        )
-    return tiles
 
 
 def _ratio_charts(measured: pd.DataFrame) -> list[Chart]:

@@ -162,7 +162,7 @@ def plain(records: pd.DataFrame) -> list[dict[Any, Any]]:
 def save(path: Path, records: pd.DataFrame, environment: Mapping[str, Any], command: str) -> None:
     """A JSON file: the schema's number, the command, the environment and the records."""
     content = {"schema": SCHEMA, "command": command, "environment": environment, "records": plain(records)}
-    files.replace_text(path, json.dumps(content, indent=1) + "\n")
+    files.replace_json(path, content)
 
 
 def load(path: Path) -> pd.DataFrame:

@@ -99,7 +99,7 @@ def _curve_table(curve: Curve) -> Table:
         table.add_column(header, justify="left" if not header else "right")
     for p in curve.points:
         table.add_row(
-            f"{p.x:,}", seconds(p.seconds), size(p.bytes), f"{p.ns_per_element:.3g}",
+            f"{p.x:,}", seconds(p.seconds), size(p.bytes), f"{1e9 * p.seconds / p.elements:.3g}",
             f"{p.cost:.3g} ({p.cost_low:.3g}–{p.cost_high:.3g})", p.note,
         )  # fmt: skip
     return table

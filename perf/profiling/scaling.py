@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,29 +24,21 @@ TOLERANCE = 1.25
 LAUNCH = 2.0
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """x: what the axis counts. seconds and copy_seconds a call; cost: their ratio, with its interval."""
 
     x: int
     elements: int
     seconds: float
-    seconds_low: float
-    seconds_high: float
     copy_seconds: float
     bytes: int
     cost: float
     cost_low: float
     cost_high: float
-    note: str  # "", "launch-bound" or "not flat"
-
-    @property
-    def ns_per_element(self) -> float:
-        return 1e9 * self.seconds / self.elements
+    note: str = ""  # "", "launch-bound" or "not flat"
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     axis: str
     title: str
     points: tuple[Point, ...]
@@ -91,8 +83,8 @@ def _point(axis: str, case: pd.DataFrame) -> Point:
     shape = [int(size) for size in fused.output.split("x")]
     x = {"size": math.prod(shape), "batch": shape[0], "channels": shape[1], "threads": fused.threads}[axis]
     return Point(
-        x, math.prod(shape), fused.seconds, fused.seconds_low, fused.seconds_high, copy.seconds, fused.bytes,
-        1 / copy.ratio, 1 / copy.ratio_high, 1 / copy.ratio_low if copy.ratio_low else math.inf, "",
+        x, math.prod(shape), fused.seconds, copy.seconds, fused.bytes,
+        1 / copy.ratio, 1 / copy.ratio_high, 1 / copy.ratio_low if copy.ratio_low else math.inf,
     )  # fmt: skip
 
 
@@ -103,4 +95,4 @@ def _judged(axis: str, raw: list[Point]) -> list[Point]:
     middle = costs[len(costs) // 2] if costs else math.inf
     notes = ["launch-bound" if launch else "not flat" if p.cost_low > TOLERANCE * middle else ""
              for p, launch in zip(raw, launches)]  # fmt: skip
-    return [Point(**{**vars(p), "note": note}) for p, note in zip(raw, notes)]
+    return [p._replace(note=note) for p, note in zip(raw, notes)]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_rect import files
 from fused_rect.study import batches, checkpoint, data, distributed, training
 from fused_rect.study.protocol import NIN_CIFAR10
 from fused_rect.study.training import Job
@@ -273,7 +274,7 @@ def _ranks(rank, store, out):
             assert seeds[0] != seeds[1], "what a rank draws at a step is its own"
         resumed.save()
         assert training.execute(job(out / "resumed", "prelu", dropout=0.0), dataset(), CPU) == found["prelu"]
-        checkpoint.save_json(out / f"rank{rank}.json", found)
+        files.replace_json(out / f"rank{rank}.json", found)
     finally:
         dist.destroy_process_group()
 
