@@ -83,13 +83,14 @@ class Fused(nn.Sequential):
     rectifier_arguments: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[inspect.Signature]
 
-    def __init_subclass__(cls) -> None:
-        """The signature that users see: the map's own, then the rectifier's as keywords."""
+    def __init_subclass__(cls, of: type[nn.Module] | None = None) -> None:
+        """Layers ``of`` a linear map. The signature that users see: the map's own, then the rectifier's keywords."""
         super().__init_subclass__()
-        if hasattr(cls, "linear_map"):
+        if of is not None:
             own = inspect.signature(cls.rectifier).parameters
             keywords = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in cls.rectifier_arguments]
-            maps = inspect.signature(cls.linear_map)
+            maps = inspect.signature(of)
+            cls.linear_map = of
             cls.__signature__ = maps.replace(parameters=[*maps.parameters.values(), *keywords])
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -170,113 +171,85 @@ class _RReLU(Fused):
     rectifier_arguments = ("lower", "upper", "law")
 
 
-class ConvReLU1d(_ReLU):
-    linear_map = nn.Conv1d
+class ConvReLU1d(_ReLU, of=nn.Conv1d): ...
 
 
-class ConvLeakyReLU1d(_LeakyReLU):
-    linear_map = nn.Conv1d
+class ConvLeakyReLU1d(_LeakyReLU, of=nn.Conv1d): ...
 
 
-class ConvPReLU1d(_PReLU):
-    linear_map = nn.Conv1d
+class ConvPReLU1d(_PReLU, of=nn.Conv1d): ...
 
 
-class ConvRReLU1d(_RReLU):
-    linear_map = nn.Conv1d
+class ConvRReLU1d(_RReLU, of=nn.Conv1d): ...
 
 
-class ConvReLU2d(_ReLU):
-    linear_map = nn.Conv2d
+class ConvReLU2d(_ReLU, of=nn.Conv2d): ...
 
 
-class ConvLeakyReLU2d(_LeakyReLU):
-    linear_map = nn.Conv2d
+class ConvLeakyReLU2d(_LeakyReLU, of=nn.Conv2d): ...
 
 
-class ConvPReLU2d(_PReLU):
-    linear_map = nn.Conv2d
+class ConvPReLU2d(_PReLU, of=nn.Conv2d): ...
 
 
-class ConvRReLU2d(_RReLU):
-    linear_map = nn.Conv2d
+class ConvRReLU2d(_RReLU, of=nn.Conv2d): ...
 
 
-class ConvReLU3d(_ReLU):
-    linear_map = nn.Conv3d
+class ConvReLU3d(_ReLU, of=nn.Conv3d): ...
 
 
-class ConvLeakyReLU3d(_LeakyReLU):
-    linear_map = nn.Conv3d
+class ConvLeakyReLU3d(_LeakyReLU, of=nn.Conv3d): ...
 
 
-class ConvPReLU3d(_PReLU):
-    linear_map = nn.Conv3d
+class ConvPReLU3d(_PReLU, of=nn.Conv3d): ...
 
 
-class ConvRReLU3d(_RReLU):
-    linear_map = nn.Conv3d
+class ConvRReLU3d(_RReLU, of=nn.Conv3d): ...
 
 
-class ConvTransposeReLU1d(_ReLU):
-    linear_map = nn.ConvTranspose1d
+class ConvTransposeReLU1d(_ReLU, of=nn.ConvTranspose1d): ...
 
 
-class ConvTransposeLeakyReLU1d(_LeakyReLU):
-    linear_map = nn.ConvTranspose1d
+class ConvTransposeLeakyReLU1d(_LeakyReLU, of=nn.ConvTranspose1d): ...
 
 
-class ConvTransposePReLU1d(_PReLU):
-    linear_map = nn.ConvTranspose1d
+class ConvTransposePReLU1d(_PReLU, of=nn.ConvTranspose1d): ...
 
 
-class ConvTransposeRReLU1d(_RReLU):
-    linear_map = nn.ConvTranspose1d
+class ConvTransposeRReLU1d(_RReLU, of=nn.ConvTranspose1d): ...
 
 
-class ConvTransposeReLU2d(_ReLU):
-    linear_map = nn.ConvTranspose2d
+class ConvTransposeReLU2d(_ReLU, of=nn.ConvTranspose2d): ...
 
 
-class ConvTransposeLeakyReLU2d(_LeakyReLU):
-    linear_map = nn.ConvTranspose2d
+class ConvTransposeLeakyReLU2d(_LeakyReLU, of=nn.ConvTranspose2d): ...
 
 
-class ConvTransposePReLU2d(_PReLU):
-    linear_map = nn.ConvTranspose2d
+class ConvTransposePReLU2d(_PReLU, of=nn.ConvTranspose2d): ...
 
 
-class ConvTransposeRReLU2d(_RReLU):
-    linear_map = nn.ConvTranspose2d
+class ConvTransposeRReLU2d(_RReLU, of=nn.ConvTranspose2d): ...
 
 
-class ConvTransposeReLU3d(_ReLU):
-    linear_map = nn.ConvTranspose3d
+class ConvTransposeReLU3d(_ReLU, of=nn.ConvTranspose3d): ...
 
 
-class ConvTransposeLeakyReLU3d(_LeakyReLU):
-    linear_map = nn.ConvTranspose3d
+class ConvTransposeLeakyReLU3d(_LeakyReLU, of=nn.ConvTranspose3d): ...
 
 
-class ConvTransposePReLU3d(_PReLU):
-    linear_map = nn.ConvTranspose3d
+class ConvTransposePReLU3d(_PReLU, of=nn.ConvTranspose3d): ...
 
 
-class ConvTransposeRReLU3d(_RReLU):
-    linear_map = nn.ConvTranspose3d
+class ConvTransposeRReLU3d(_RReLU, of=nn.ConvTranspose3d): ...
 
 
-class LinearReLU(_ReLU):
-    linear_map = nn.Linear
+class LinearReLU(_ReLU, of=nn.Linear): ...
 
 
-class LinearLeakyReLU(_LeakyReLU):
-    linear_map = nn.Linear
+class LinearLeakyReLU(_LeakyReLU, of=nn.Linear): ...
 
 
-class LinearPReLU(_PReLU):
-    linear_map = nn.Linear
+class LinearPReLU(_PReLU, of=nn.Linear): ...
 
 
-class LinearRReLU(_RReLU):
-    linear_map = nn.Linear
+class LinearRReLU(_RReLU, of=nn.Linear): ...

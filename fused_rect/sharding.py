@@ -14,7 +14,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from . import ops
-from .rules import Parameters, Rule
+from .rules import Need, Parameters, Rule
 
 Placements = list[Any]
 
@@ -50,11 +50,11 @@ def _rectify(
 
 
 @register_sharding(ops.rectify_backward)  # type: ignore[untyped-decorator]
-@ops.packed(leading=2)
+@ops.packed(leading=2, backward=True)
 def _rectify_backward(
-    grad: Any, kept: Any, parameters: Parameters, rule: Rule, bias_dtype: Any, need_weight: bool, stride: Any = None
+    grad: Any, kept: Any, parameters: Parameters, rule: Rule, need: Need, stride: Any = None
 ) -> list[tuple[Placements, Placements]]:
-    rest = [None] * len((*rule, bias_dtype, need_weight, stride))
+    rest = [None] * len((*rule, *need, stride))
 
     def row(dim: int | None) -> tuple[Placements, Placements]:
         own = _parameters(parameters, dim)
@@ -65,7 +65,7 @@ def _rectify_backward(
         else:
             sums = [Partial(), Partial()]
         # An absent gradient is an empty tensor, the same everywhere.
-        sums = [s if needed else Replicate() for s, needed in zip(sums, (bias_dtype is not None, need_weight))]
+        sums = [s if needed else Replicate() for s, needed in zip(sums, (need.bias is not None, need.weight))]
         return [_whole(dim), *sums], [_whole(dim), _whole(dim), *own, *rest]
 
     return [row(dim) for dim in _dims(kept, rule)]

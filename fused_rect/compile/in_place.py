@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.checks import check_kept, dense, laid_out_as
-from ..rules import Parameters, Rule
+from ..rules import Need, Parameters, Rule
 
 _lib = torch.library.Library("fused_rect", "FRAGMENT")
 _lib.define(
@@ -18,38 +18,26 @@ _lib.define(
 rectify_backward_ = torch.ops.fused_rect.rectify_backward_.default
 
 
-@ops.packed(leading=2)
+@ops.packed(leading=2, backward=True)
 def _run(
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    stride: ops.Stride = None,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: ops.Stride = None
 ) -> tuple[Tensor, Tensor]:
     check_kept(grad, kept, parameters, rule)
     given = grad if stride is None else laid_out_as(grad, stride)
     if kept.dtype != torch.uint8:
         kept = dense(kept, stride)
         given = laid_out_as(grad, kept.stride())
-    _, *sums = ops.backward_into(given, given, kept, parameters, rule, bias_dtype, need_weight)
+    _, *sums = ops.backward_into(given, given, kept, parameters, rule, need)
     if given is not grad:
         grad.copy_(given)
     return sums[0], sums[1]
 
 
-@ops.packed(leading=2)
+@ops.packed(leading=2, backward=True)
 def _fake(
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    stride: ops.Stride = None,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: ops.Stride = None
 ) -> tuple[Tensor, Tensor]:
-    return ops.gradients(grad, parameters.weight, bias_dtype, need_weight, torch.empty)[1:]
+    return ops.gradients(grad, parameters.weight, need, torch.empty)[1:]
 
 
 _lib.impl("rectify_backward_", _run, "CompositeExplicitAutograd")

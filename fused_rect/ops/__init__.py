@@ -57,14 +57,19 @@ def flat(parameters: Parameters, rule: Rule) -> tuple[Any, ...]:
     return (*parameters, *rule)
 
 
-def packed(leading: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function of ``leading`` arguments, Parameters, Rule and the rest as one of a schema's flat arguments."""
+def packed(leading: int, backward: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of ``leading`` arguments, Parameters, Rule, in backward Need, and the rest as one of a schema's flat
+    arguments."""
     rule = leading + len(Parameters._fields)
-    rest = rule + len(Rule._fields)
+    need = rule + len(Rule._fields)
+    rest = need + len(Need._fields)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            return function(*args[:leading], Parameters(*args[leading:rule]), Rule(*args[rule:rest]), *args[rest:])
+            given = *args[:leading], Parameters(*args[leading:rule]), Rule(*args[rule:need])
+            if not backward:
+                return function(*given, *args[need:])
+            return function(*given, Need(*args[need:rest]), *args[rest:])
 
         return call
 
@@ -170,54 +175,35 @@ def _rectify_bits_in_place_fake(
     return _new_bits(input)
 
 
-@packed(leading=2)
+@packed(leading=2, backward=True)
 def _rectify_backward(
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    stride: Stride = None,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: Stride = None
 ) -> Gradients:
     grad, kept = _laid_out(grad, kept, parameters, rule, stride)
-    return backward_into(torch.empty_like(grad), grad, kept, parameters, rule, bias_dtype, need_weight)
+    return backward_into(torch.empty_like(grad), grad, kept, parameters, rule, need)
 
 
 def backward_into(
-    grad_input: Tensor,
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
+    grad_input: Tensor, grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need
 ) -> Gradients:
     """The backend's gradients of dense tensors in one order; ``grad_input`` is written, and may be ``grad``."""
     bias, weight, seed = parameters
     if not grad_input.numel():
-        return gradients(grad_input, weight, bias_dtype, need_weight, torch.zeros)
+        return gradients(grad_input, weight, need, torch.zeros)
     parameters = Parameters(one_after_the_other(bias), one_after_the_other(weight), seed)
-    grad_bias, grad_weight = backends.resolve(grad.device.type).backward(
-        grad, kept, parameters, rule, grad_input, Need(bias_dtype, need_weight)
-    )
+    backend = backends.resolve(grad.device.type)
+    grad_bias, grad_weight = backend.backward(grad, kept, parameters, rule, grad_input, need)
     # An op cannot return None: an absent gradient is an empty tensor.
     grad_bias, grad_weight = (grad.new_empty(0) if g is None else g for g in (grad_bias, grad_weight))
     return grad_input, grad_bias, grad_weight
 
 
-@packed(leading=2)
+@packed(leading=2, backward=True)
 def _rectify_backward_fake(
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    stride: Stride = None,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: Stride = None
 ) -> Gradients:
     grad, _ = _laid_out(grad, kept, parameters, rule, stride)
-    return gradients(torch.empty_like(grad), parameters.weight, bias_dtype, need_weight, torch.empty)
+    return gradients(torch.empty_like(grad), parameters.weight, need, torch.empty)
 
 
 def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, stride: Stride) -> tuple[Tensor, Tensor]:
@@ -230,22 +216,15 @@ def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, st
     return laid_out_as(grad, kept.stride()), kept
 
 
-def gradients(
-    grad_input: Tensor,
-    weight: Tensor | None,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    new: Callable[..., Tensor],
-) -> Gradients:
+def gradients(grad_input: Tensor, weight: Tensor | None, need: Need, new: Callable[..., Tensor]) -> Gradients:
     """``grad_input`` and sums that ``new`` makes, empty where they are not wanted."""
-    channels, device = grad_input.shape[1] if grad_input.dim() > 1 else 1, grad_input.device
-    return (
-        grad_input,
-        grad_input.new_empty(0) if bias_dtype is None else new((channels,), dtype=bias_dtype, device=device),
-        new(weight.shape, dtype=weight.dtype, device=device)
-        if need_weight and weight is not None
-        else grad_input.new_empty(0),
-    )
+    of_bias = of_weight = grad_input.new_empty(0)
+    if need.bias is not None:
+        channels = grad_input.shape[1] if grad_input.dim() > 1 else 1
+        of_bias = new((channels,), dtype=need.bias, device=grad_input.device)
+    if need.weight and weight is not None:
+        of_weight = new(weight.shape, dtype=weight.dtype, device=grad_input.device)
+    return grad_input, of_bias, of_weight
 
 
 @functools.cache

@@ -250,21 +250,15 @@ def _check_not_a_leaf(input: Tensor) -> None:
         )
 
 
-@ops.packed(leading=2)
+@ops.packed(leading=2, backward=True)
 def _rectify_backward(
-    grad: Tensor,
-    kept: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_dtype: torch.dtype | None,
-    need_weight: bool,
-    stride: ops.Stride = None,
+    grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: ops.Stride = None
 ) -> Any:
     if _no_derivative_wanted(grad, kept, *parameters[:2]):
-        return _below(ops.rectify_backward, grad, kept, *ops.flat(parameters, rule), bias_dtype, need_weight, stride)
+        return _below(ops.rectify_backward, grad, kept, *ops.flat(parameters, rule), *need, stride)
     if stride is None and kept.dtype == torch.uint8:
         stride = grad.stride()
-    return _apply(_RectifyBackward, grad, kept, *parameters, rule, Need(bias_dtype, need_weight), stride)
+    return _apply(_RectifyBackward, grad, kept, *parameters, rule, need, stride)
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {

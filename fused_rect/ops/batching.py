@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..rules import Parameters, Rule
+from ..rules import Need, Parameters, Rule
 
 Dims = tuple[int | None, ...]
 
@@ -68,14 +68,14 @@ def _rectify_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
     return folded
 
 
-@ops.packed(leading=4)
+@ops.packed(leading=4, backward=True)
 def _folded_backward(
-    info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, *need: Any
+    info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, _: Any = None
 ) -> tuple[Any, Any]:
     size, (bias, weight, seed) = info.batch_size, parameters
     tensors, folded, unfold, channels = _fold(size, (grad, kept), in_dims[:2], (bias, weight), in_dims[2:4])
     parameters = Parameters(folded[0], folded[1], seed)
-    grad_input, *sums = ops.rectify_backward(*tensors, *ops.flat(parameters, rule), *need[:2])
+    grad_input, *sums = ops.rectify_backward(*tensors, *ops.flat(parameters, rule), *need)
     split = [_split(total, size, channels) for total in sums]
     if weight is not None and split[1].numel() and not _per_channel(weight, in_dims[3]):
         split[1] = split[1].sum(-1).reshape(size, *_unmapped_shape(weight, in_dims[3]))
