@@ -6,6 +6,7 @@ calls of their own, whatever changes how the following ones run: gradients switc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+
+from ..fusion.twins import TWINS, Twin
 
 MAPS: dict[Any, str] = {
     torch._C._nn.linear: "linear",
@@ -23,21 +26,6 @@ MAPS: dict[Any, str] = {
     **{getattr(F, f"conv_transpose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
 }
 RANKS = {name: 0 if name == "linear" else int(name[-2]) for name in MAPS.values()}
-
-_RECTIFIERS: dict[Any, str] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, torch._C._nn.leaky_relu, torch._C._nn.leaky_relu_), "leaky_relu"),
-    **dict.fromkeys((F.prelu, torch.prelu, "prelu"), "prelu"),
-    **dict.fromkeys((F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), "rrelu"),
-}
-_IN_PLACE = (F.relu_, torch.relu_, "relu_", F.leaky_relu_, torch._C._nn.leaky_relu_, F.rrelu_, torch.rrelu_)
-# (name, position, default) of the rectifiers' own arguments; the last is `inplace`, which says nothing of the value.
-_ARGUMENTS: dict[str, tuple[tuple[str, int, Any], ...]] = {
-    "relu": (("inplace", 1, False),),
-    "leaky_relu": (("negative_slope", 1, 0.01), ("inplace", 2, False)),
-    "prelu": (("weight", 1, None),),
-    "rrelu": (("lower", 1, 1 / 8), ("upper", 2, 1 / 3), ("training", 3, False), ("inplace", 4, False)),
-}
 
 
 @dataclass
@@ -69,13 +57,14 @@ def find(graph: fx.Graph) -> Iterator[Found]:
     """Every rectifier of ``graph``, in the order in which they run."""
     modes = _modes(graph)
     for node in list(graph.nodes):
-        name = _RECTIFIERS.get(node.target) if node.op in ("call_function", "call_method") else None
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        if name is None or not isinstance(source, fx.Node):
+        twin = _twin(node)
+        given = _arguments(node, twin) if twin is not None else {}
+        source = given.pop("input", None)
+        if twin is None or not isinstance(source, fx.Node):
             continue
+        name = twin.name
         behind = source.op == "call_function" and source.target in MAPS
-        given = {key: _argument(node, position, key, default) for key, position, default in _ARGUMENTS[name]}
-        in_place = node.target in _IN_PLACE or given.pop("inplace", False) is True
+        in_place = given.pop("inplace", False) is True
         training = given.pop("training", True)
         obstacle = _obstacle(node, source, training, given, behind, modes)
         if name == "rrelu" and training is False:
@@ -85,8 +74,19 @@ def find(graph: fx.Graph) -> Iterator[Found]:
         yield Found(node, source, source if behind else None, name, given, in_place, obstacle)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _twin(node: fx.Node) -> Twin | None:
+    function = getattr(torch.Tensor, str(node.target), None) if node.op == "call_method" else node.target
+    return TWINS.get(function) if node.op in ("call_function", "call_method") else None
+
+
+def _arguments(node: fx.Node, twin: Twin) -> dict[str, Any]:
+    """By name, with their defaults; none for a call that ours has no word for."""
+    try:
+        bound = inspect.signature(twin.call).bind(*node.args, **node.kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:

@@ -6,7 +6,6 @@ in training and divides by it in evaluation; its authors' code divides in both, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +51,12 @@ class Layers:
 
     def conv(self, inputs: int, outputs: int, kernel: int, padding: int = 0) -> nn.Module:
         if self.fused:
-            return self._fused("Conv", "2d", outputs)(inputs, outputs, kernel, padding=padding)
+            return self._fused("Conv{}2d")(inputs, outputs, kernel, padding=padding, **self._own(outputs))
         return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=padding), self.activation(outputs))
 
     def linear(self, inputs: int, outputs: int) -> nn.Module:
         if self.fused:
-            return self._fused("Linear", "", outputs)(inputs, outputs)
+            return self._fused("Linear{}")(inputs, outputs, **self._own(outputs))
         return nn.Sequential(nn.Linear(inputs, outputs), self.activation(outputs))
 
     def conv_norm(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Module:
@@ -67,26 +66,27 @@ class Layers:
 
     def activation(self, channels: int) -> nn.Module:
         """The rectifier alone; one slope a channel for PReLU, which starts at .25 as He et al. have it."""
-        kind = self.variant.rectifier
-        if kind == "relu":
-            return nn.ReLU()
-        if kind == "leaky_relu":
-            return nn.LeakyReLU(self.variant.negative_slope)
-        if kind == "prelu":
-            return nn.PReLU(channels, init=0.25)
-        if self.fused:
-            return fr.nn.RReLU(law=self.law)
-        return nn.RReLU(*rules.RULES["rrelu"].defaults) if self.law == "slope" else DivisorRReLU()
+        if self.variant.rectifier == "rrelu" and not self.fused:
+            return nn.RReLU(*rules.RULES["rrelu"].defaults) if self.law == "slope" else DivisorRReLU()
+        where = fr.nn if self.variant.rectifier == "rrelu" else nn
+        return getattr(where, self._module)(**self._own(channels))  # type: ignore[no-any-return]
 
-    def _fused(self, prefix: str, suffix: str, outputs: int) -> Callable[..., nn.Module]:
-        table: dict[str, tuple[str, dict[str, Any]]] = {
-            "relu": ("ReLU", {}),
-            "leaky_relu": ("LeakyReLU", {"negative_slope": self.variant.negative_slope}),
-            "prelu": ("PReLU", {"num_parameters": outputs, "init": 0.25}),
-            "rrelu": ("RReLU", {"law": self.law}),
+    @property
+    def _module(self) -> str:
+        return rules.RULES[self.variant.rectifier].module
+
+    def _fused(self, name: str) -> Callable[..., nn.Module]:
+        return getattr(fr.nn, name.format(self._module))  # type: ignore[no-any-return]
+
+    def _own(self, channels: int) -> dict[str, Any]:
+        """The rectifier's own arguments."""
+        own: dict[str, dict[str, Any]] = {
+            "relu": {},
+            "leaky_relu": {"negative_slope": self.variant.negative_slope},
+            "prelu": {"num_parameters": channels, "init": 0.25},
+            "rrelu": {"law": self.law},
         }
-        name, own = table[self.variant.rectifier]
-        return functools.partial(getattr(fr.nn, f"{prefix}{name}{suffix}"), **own)
+        return own[self.variant.rectifier]
 
 
 class DivisorRReLU(nn.Module):

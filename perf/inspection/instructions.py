@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx  # which torch needs, too
 
 ACCESSES = ("load", "store")
 
@@ -58,18 +61,11 @@ class Code:
 
     def loops(self) -> list[list[Instruction]]:
         """The instructions of each loop: those that lead back to its head without passing it."""
-        _, back = _walk(self.instructions)
-        before: list[list[int]] = [[] for _ in self.instructions]
-        for n in range(len(self.instructions)):
-            for successor in _successors(self.instructions, n):
-                before[successor].append(n)
+        flow = _flow(self.instructions)
         found = []
-        for end, head in back:
-            body, waiting = {head, end}, [end] if end != head else []
-            while waiting:
-                new = [n for n in before[waiting.pop()] if n not in body]
-                body.update(new)
-                waiting += new
+        for end, head in _walk(flow)[1]:
+            below = nx.restricted_view(flow, [head], [])
+            body = {head, end} | (nx.ancestors(below, end) if end != head else set())
             found.append([self.instructions[n] for n in sorted(body)])
         return found
 
@@ -101,45 +97,35 @@ def classes(instructions: Iterable[Instruction]) -> Counter[str]:
     return Counter(i.kind for i in instructions)
 
 
-def _successors(code: Sequence[Instruction], n: int) -> list[int]:
-    i = code[n]
-    return [s for s in (i.target, n + 1 if i.falls else None) if s is not None and s < len(code)]
+def _flow(code: Sequence[Instruction]) -> Any:
+    """Which instruction may follow which."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(range(len(code)))
+    for n, i in enumerate(code):
+        behind = i.target, n + 1 if i.falls else None
+        flow.add_edges_from((n, s) for s in behind if s is not None and s < len(code))
+    return flow
 
 
-def _walk(code: Sequence[Instruction]) -> tuple[list[int], list[tuple[int, int]]]:
+def _walk(flow: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """Depth first from the entry: (instructions, each behind all that may follow it; edges that close a loop)."""
-    order: list[int] = []
-    back: list[tuple[int, int]] = []
-    state = [0] * len(code)  # 1 on the way here, 2 done
-    stack = [(0, iter(_successors(code, 0)))] if code else []
-    state[:1] = [1] * len(code[:1])
-    while stack:
-        n, successors = stack[-1]
-        for successor in successors:
-            if state[successor] == 1:
-                back.append((n, successor))
-            elif state[successor] == 0:
-                state[successor] = 1
-                stack.append((successor, iter(_successors(code, successor))))
-                break
-        else:
-            state[n] = 2
-            order.append(n)
-            stack.pop()
-    return order, back
+    order = list(nx.dfs_postorder_nodes(flow, 0)) if flow else []
+    place = {n: at for at, n in enumerate(order)}
+    return order, [(a, b) for a, b in flow.edges(order) if place[a] <= place[b]]
 
 
 def _path(code: Sequence[Instruction], dearest: bool = False) -> list[int]:
     """Indices of a path: most widest accesses first, fewest (or most) instructions then; loops are taken once."""
     step = 1 if dearest else -1
     widest = {kind: max((i.width for i in code if i.kind == kind), default=0) for kind in ACCESSES}
-    order, back = _walk(code)
-    closing = set(back)
+    flow = _flow(code)
+    order, back = _walk(flow)
+    flow.remove_edges_from(back)
     best: list[tuple[int, int]] = [(0, 0)] * len(code)
     following: list[int | None] = [None] * len(code)
     for n in order:
         i = code[n]
-        successors = [s for s in _successors(code, n) if (n, s) not in closing]
+        successors = list(flow[n])
         following[n] = max(successors, key=lambda s: best[s], default=None)
         accesses, length = max((best[s] for s in successors), default=(0, 0))
         if i.ends and (not successors or (accesses, length) < (0, 0)):
