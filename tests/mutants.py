@@ -565,6 +565,7 @@ MUTANTS = [
     Mutant(RUNNER, "a study that waits for its parent", "        os._exit(1)", "        return"),
     Mutant(FORMATS, "any format of image", "formats=IMAGE_FORMATS", "formats=None"),
     Mutant(FORMATS, "a huge image", "if image.width * image.height > MOST_PIXELS:", "if image.width < 0:"),
+    Mutant(FORMATS, "any name in a pickle", 'if f"{module}.{name}" not in', 'if "" not in'),
     Mutant(FORMATS, "anybody's pickle", 'check_digest(f"{name} of', '(lambda *_: 0)(f"{name} of'),
     Mutant(
         STATISTICS,

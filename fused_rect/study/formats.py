@@ -196,14 +196,31 @@ def _binary_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[
     return records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
 
 
+class _Arrays(pickle.Unpickler):
+    """Arrays and plain values. What only other files than the publishers' hold, their MD5 keeps away: containers in
+    themselves, memos and text of any size, arrays of objects."""
+
+    NAMES = (
+        *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+        *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.NAMES:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which only arrays and plain values never need")
+        return super().find_class(module, name)
+
+
 def _python_records(read: Reader, name: str, spec: Cifar, train: bool) -> tuple[Images, Any]:
-    """A pickle, which is a program: it runs where it is the publishers' to the byte, and only there."""
     data = read(name, spec.longest(train))
     check_digest(f"{name} of {spec.name}", data, "md5", spec.python_md5[name])
-    with warnings.catch_warnings():  # numpy's, of the flags that the publishers' numpy wrote
-        warnings.simplefilter("ignore")
-        batch = pickle.loads(data, encoding="bytes")
-    return batch[b"data"], batch[spec.label_key]
+    try:
+        with warnings.catch_warnings():  # numpy's, of the flags that the publishers' numpy wrote
+            warnings.simplefilter("ignore")
+            batch = _Arrays(io.BytesIO(data), encoding="bytes").load()
+        return batch[b"data"], batch[spec.label_key]
+    except Exception as error:
+        raise DataError(f"{name} of {spec.name} is not one of its python archives: {error}") from error
 
 
 # ---- folders of images, one a class (NDSB) ----

@@ -1,7 +1,9 @@
 """The study under faults: damaged files, full disks, Ctrl-C, kills, a folder that is somebody else's, hostile data."""
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -234,8 +236,6 @@ def test_a_study_with_other_settings_is_refused_by_name(tmp_path):
         pass
     with folder.claimed(tmp_path, SMALL, "abc", 1):
         pass
-    import dataclasses
-
     for changed, data_sha256, processes, said in (
         (dataclasses.replace(SMALL, lr=0.5), "abc", 1, r"\(lr: 0\.02 there, 0\.5 here\)"),
         (SMALL, "abd", 1, "data_sha256: abc there, abd here"),
@@ -562,4 +562,7 @@ def test_no_pickle_but_the_publishers_is_loaded(tmp_path, name):
         pickle.dump(Touches(tmp_path / "touched"), file, 2)
     with pytest.raises(DataError, match=f"{name} of cifar-10 is damaged: its md5 is"):
         formats._python_records(lambda name, _: written.read_bytes(), name, formats.CIFAR10, train=True)
+    spec = dataclasses.replace(formats.CIFAR10, python_md5={name: hashlib.md5(written.read_bytes()).hexdigest()})
+    with pytest.raises(DataError, match=rf"{name} of cifar-10 is not one .* asks for (posix|nt)\.system"):
+        formats._python_records(lambda name, _: written.read_bytes(), name, spec, train=True)
     assert not (tmp_path / "touched").exists()
