@@ -64,6 +64,21 @@ def rectify(
     return Traffic(read, written, size * flops)
 
 
+def step(
+    rule: Rule, size: int, itemsize: int, channels: int, slopes: int, mode: str = "training"
+) -> tuple[Traffic, ...]:
+    """Forward and, in "training", backward with all sums; "forward" keeps what backward needs, "inference" nothing.
+
+    ``slopes``: the length of a learned rule's weight.
+    """
+    rule = rule.evaluation() if mode == "inference" else rule
+    keeps, need = mode != "inference" and not rule.keeps_input, Need(itemsize, rule.learned)
+    given: dict[str, Any] = {"bits": keeps, "bias": channels, "weight": slopes if rule.learned else 0}
+    forward = rectify(rule, size, itemsize, **given)
+    backward = rectify(rule, size, itemsize, backward=True, need=need, **given)
+    return (forward, backward) if mode == "training" else (forward,)
+
+
 def finish(partials: int, channels: int, itemsize: int = 4, out_itemsize: int = 4) -> Traffic:
     """The finishing sum over ``partials`` partial sums."""
     return Traffic(read=partials * itemsize, written=channels * out_itemsize, flops=partials)

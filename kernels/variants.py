@@ -127,13 +127,8 @@ def _variant(name: str, call: Call, pointers: dict[str, torch.dtype | None]) -> 
 
 def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """Strides of a dense tensor: dim 1 the fastest in channels_last."""
-    order = list(range(len(shape)))
-    if layout == "channels_last":
-        order.append(order.pop(1))
-    elif layout != "contiguous":
+    if layout == "contiguous":
+        return torch.empty(shape, device="meta").stride()
+    if layout != "channels_last":
         raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {layout!r}")
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= shape[dim]
-    return tuple(strides)
+    return torch.empty((shape[0], *shape[2:], shape[1]), device="meta").movedim(-1, 1).stride()

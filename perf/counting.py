@@ -141,13 +141,12 @@ def convolutions_on_the_device() -> Iterator[None]:
         yield
 
 
-def compare(name: str, make: Callable[[], nn.Module], x: Tensor, mode: str, rectifier: str, about: Block) -> Row:
-    """``make``: a new model each time, in x's dtype on its device."""
-    training = mode == "training"
+def compare(name: str, x: Tensor, mode: str, rectifier: str, about: Block) -> Row:
+    training, act = mode == "training", RECTIFIERS.get(rectifier, nn.Identity)
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        made = make().to(x.device, x.dtype).train(training)
+        made = about.build(act()).to(x.device, x.dtype).train(training)
         return made.to(memory_format=about.memory_format)  # type: ignore[no-any-return, call-overload]
 
     with torch.set_grad_enabled(training):
@@ -162,21 +161,16 @@ def compare(name: str, make: Callable[[], nn.Module], x: Tensor, mode: str, rect
 
 def rows(names: Iterable[str], rectifiers: Iterable[str], dtypes: Iterable[str], modes: Iterable[str]) -> Iterable[Row]:
     for name, dtype, mode in itertools.product(list(names), list(dtypes), list(modes)):
-        about = BLOCKS.get(name) or _of_others(MODELS[name])
+        about = BLOCKS.get(name) or Block(functools.partial(_whole, MODELS[name]), MODELS[name].shape)
         x = torch.randn(about.shape, device="cuda", dtype=getattr(torch, dtype)).to(memory_format=about.memory_format)
         for rectifier in rectifiers if name in BLOCKS else ["its own"]:
             if rectifier == about.without:
                 continue
-            act = RECTIFIERS.get(rectifier, nn.Identity)
-            yield compare(name, functools.partial(_built, about, act), x, mode, rectifier, about)
+            yield compare(name, x, mode, rectifier, about)
 
 
-def _of_others(model: Model) -> Block:
-    return Block(lambda _: model.build(), model.shape)
-
-
-def _built(about: Block, rectifier: Callable[[], nn.Module]) -> nn.Module:
-    return about.build(rectifier())
+def _whole(model: Model, _: nn.Module) -> nn.Module:
+    return model.build()
 
 
 def load(path: Path = RESULTS) -> list[Row]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fused_rect as fr
 from fused_rect.fusion.twins import TWINS
+from fused_rect.fusion.waiting import trains
 
 from .models import MODELS, Model, spandrel, timm, without_torchvision
 
@@ -133,7 +134,7 @@ class Pairs(TorchFunctionMode):
             result = func(*args, **kwargs)
         if func in _MAPS:
             self.maps.append(self._value(result))
-        elif func is F.batch_norm and len(read) == 1 and not ops.seen and not _training(*args, **kwargs):
+        elif func is F.batch_norm and len(read) == 1 and not ops.seen and not trains(*args, **kwargs):
             read[0].readers.append(self._value(result))
         elif any(isinstance(t, Tensor) for t in tree_leaves(result)):
             for value, version in zip(read, before):
@@ -156,20 +157,12 @@ class Pairs(TorchFunctionMode):
         return len(found[0]), sum(found[0]), len(found[1]), sum(found[1])
 
 
-def _training(input: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-              *_: Any, **__: Any) -> bool:  # fmt: skip
-    return training
-
-
-def _input(shape: tuple[int, ...]) -> Tensor:
-    """Token numbers of two dims, else an image or a spectrogram."""
-    return torch.ones(shape, dtype=torch.int64) if len(shape) == 2 else torch.randn(shape)
-
-
 def reached(entry: Model) -> tuple[int, int, int, int]:
     """:meth:`Pairs.counts` of the second forward of a fused model in evaluation."""
     torch.manual_seed(0)
-    model, x = fr.fuse(entry.build().eval(), fold_batchnorm=True), _input(entry.shape)
+    model = fr.fuse(entry.build().eval(), fold_batchnorm=True)
+    # Token numbers of two dims, else an image or a spectrogram.
+    x = torch.ones(entry.shape, dtype=torch.int64) if len(entry.shape) == 2 else torch.randn(entry.shape)
     with torch.no_grad():
         model(x)
         pairs = Pairs()

@@ -618,7 +618,7 @@ MUTANTS = [
     Mutant(SUITE, "skipped is ok", "running.returncode == 0 and passed", "running.returncode == 0"),
     Mutant(RUNNING, "time hides a failure", "if False in said or (status and not cut):", "if status and not cut:"),
     Mutant(RUNNING, "a dead step is ok", "(status and not cut)", "(status > 0 and not cut)"),
-    Mutant(RUNNING, "what it started goes on", "os.killpg(child.pid, signal.SIGKILL)", "child.kill()"),
+    Mutant(RUNNING, "what it started goes on", "            end(child)", "            child.kill()"),
     Mutant(GPU_CHECK, "the log of another run", 'open(f"{base}.log", "x")', 'open(f"{base}.log", "a")'),
     Mutant(TABLES, "backward with its forward", 'if mode == "training" else 0', "if False else 0"),
 ]

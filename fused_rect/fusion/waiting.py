@@ -141,7 +141,7 @@ class Waiting(Tensor):
         if isinstance(result, _LOOKS) or (result is first and version is not None and _version(first) == version):
             wait(first, found)
         elif func is F.batch_norm and not found.norm and _is_ordinary(result):
-            norm = "training" if _trains(*args, **kwargs) else "evaluation"
+            norm = "training" if trains(*args, **kwargs) else "evaluation"
             wait(result, found._replace(fresh=True, norm=norm))
         elif func in _OURS:
             found.reader.fused.add(str(args[4]))
@@ -168,8 +168,8 @@ def _release_all(*found: Any) -> None:
             _release_all(*value.values())
 
 
-def _trains(input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-            training: bool = False, *_: Any, **__: Any) -> bool:  # fmt: skip
+def trains(input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+           training: bool = False, *_: Any, **__: Any) -> bool:  # fmt: skip
     return training
 
 

@@ -218,7 +218,7 @@ def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, st
 
 def gradients(grad_input: Tensor, weight: Tensor | None, need: Need, new: Callable[..., Tensor]) -> Gradients:
     """``grad_input`` and sums that ``new`` makes, empty where they are not wanted."""
-    of_bias = of_weight = grad_input.new_empty(0)
+    of_bias, of_weight = (grad_input.new_empty(0) for _ in range(2))  # the outputs of an op are no aliases
     if need.bias is not None:
         channels = grad_input.shape[1] if grad_input.dim() > 1 else 1
         of_bias = new((channels,), dtype=need.bias, device=grad_input.device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
 import shlex
 import sys
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..environment import cores
 from . import batches, cost, data, distributed, folder, report, runner
 from .formats import DataError
 from .protocol import SMALL, Protocol, public
@@ -144,11 +144,7 @@ def _protocol(options: argparse.Namespace, dataset: data.Dataset) -> Protocol:
 def _jobs(options: argparse.Namespace, device: torch.device) -> int:
     if distributed.world_size() > 1 or device.type != "cpu":
         return 1
-    return options.jobs or len(_cores())
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return options.jobs or cores()
 
 
 def _progress(console: Console | None, total: int) -> runner.Report:

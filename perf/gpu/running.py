@@ -6,13 +6,14 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import IO, Any
+
+from ..profiling.measure import end
 
 GRACE = 5.0  # seconds that a step which is over its budget has to come to the end of a case
 CUT = {"cut": True}  # the last row of a step that had no time for all
@@ -34,7 +35,7 @@ def run(name: str, size: str, seconds: float, log: IO[str]) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             ended = True
         finally:
-            _end(child)  # and what it left running
+            end(child)  # and what it left running
         reader.join(GRACE)
         rows += [CUT | {"why": f"ended after {seconds + GRACE:.0f} s"}] if ended else []
     return {"outcome": outcome(rows, child.returncode), "seconds": round(time.monotonic() - start, 1),
@@ -56,11 +57,6 @@ def outcome(rows: Sequence[dict[str, Any]], status: int) -> str:
     if cut:
         return SHORT
     return OK if True in said else NOT_RUN if None in said else FAILED
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
 
 
 # ---- in the process ----

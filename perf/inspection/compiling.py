@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from fused_rect.rules import RULES, Need, Rule
+from fused_rect.rules import RULES, Rule
 
 RECTIFIERS = tuple(RULES)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -94,16 +94,9 @@ def _bytes(step: Step, plan: Any, itemsize: int) -> tuple[int, int, int]:
     from fused_rect.kernels import traffic
 
     rule, channels = Rule.default(step.rectifier), step.shape[1]
-    given: dict[str, Any] = {
-        "bits": not rule.keeps_input,
-        "bias": channels,
-        "weight": channels if rule.learned else 0,
-    }
     sums = 1 + rule.learned
     finish = traffic.finish(sums * plan.partials, sums * channels, out_itemsize=itemsize)
-    forward = traffic.rectify(rule, step.size, itemsize, **given)
-    need = Need(itemsize, rule.learned)
-    backward = traffic.rectify(rule, step.size, itemsize, backward=True, need=need, **given)
+    forward, backward = traffic.step(rule, step.size, itemsize, channels, channels)
     return forward.bytes, backward.bytes + finish.read, finish.bytes
 
 

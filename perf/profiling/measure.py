@@ -201,7 +201,7 @@ def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any], allocator: s
                     done += 1
                 child.wait()
             except BaseException:
-                _end(child)
+                end(child)
                 raise
         if child.returncode or done < len(cases):
             errors.seek(0)
@@ -209,7 +209,8 @@ def _in_fresh_process(cases: Sequence[Case], order: dict[str, Any], allocator: s
             raise RuntimeError(f"a measuring process failed, with exit status {child.returncode}:\n{told}")
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
+    """``child``, which leads a group of its own, and what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from fused_rect import files
 from fused_rect.kernels import traffic
-from fused_rect.rules import Need, Rule
+from fused_rect.rules import Rule
 
 from . import measure
 from .measure import Case, Interval, Samples, verdict
@@ -87,38 +87,32 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def rows(case: Case, samples: Samples) -> list[dict[str, Any]]:
     """The fields of each record of a case."""
-    return [asdict(record) for record in _records(case, samples)]
-
-
-def _records(case: Case, samples: Samples) -> list[Record]:
     processes, rounds = next((times.shape for times in samples.seconds.values()), (0, 0))
     base = case.about["base"]
-    based = base in samples.seconds
     made = []
     for peer in (*samples.seconds, *samples.absent):
         there = peer in samples.seconds
         time = samples.time(peer) if there else NEVER
-        ratio = samples.ratio(peer, base) if there and based else NEVER
-        judged = there and based and peer != base and peer not in YARDSTICKS
-        made.append(
-            Record(
-                **case.about,
-                peer=peer,
-                seconds=time.value,
-                seconds_low=time.low,
-                seconds_high=time.high,
-                ratio=ratio.value,
-                ratio_low=ratio.low,
-                ratio_high=ratio.high,
-                degrees=time.degrees,
-                verdict=verdict(ratio) if judged else "",
-                processes=processes,
-                rounds=rounds,
-                live_bytes=samples.live_bytes.get(peer, 0),
-                kept_bytes=samples.kept_bytes.get(peer, 0),
-                absent=samples.absent.get(peer, ""),
-            )
+        ratio = samples.ratio(peer, base) if there and base in samples.seconds else NEVER
+        judged = ratio is not NEVER and peer != base and peer not in YARDSTICKS
+        record = Record(
+            **case.about,
+            peer=peer,
+            seconds=time.value,
+            seconds_low=time.low,
+            seconds_high=time.high,
+            ratio=ratio.value,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
+            degrees=time.degrees,
+            verdict=verdict(ratio) if judged else "",
+            processes=processes,
+            rounds=rounds,
+            live_bytes=samples.live_bytes.get(peer, 0),
+            kept_bytes=samples.kept_bytes.get(peer, 0),
+            absent=samples.absent.get(peer, ""),
         )
+        made.append(asdict(record))
     return made
 
 
@@ -128,18 +122,7 @@ def _records(case: Case, samples: Samples) -> list[Record]:
 def work(layer: Layer, part: str, mode: str, itemsize: int) -> tuple[int, int]:
     """(bytes, flops) of the fused call."""
     size, channels = math.prod(layer.output), layer.output[1]
-    rule, training = Rule.default(layer.rectifier), mode == "training"
-    if mode == "inference":
-        rule = rule.evaluation()
-    given: dict[str, Any] = {
-        "bits": mode != "inference" and not rule.keeps_input,
-        "bias": channels,
-        "weight": layer.slopes if rule.learned else 0,
-    }
-    calls = [traffic.rectify(rule, size, itemsize, **given)]
-    if training:
-        need = Need(itemsize, rule.learned)
-        calls.append(traffic.rectify(rule, size, itemsize, backward=True, need=need, **given))
+    calls = traffic.step(Rule.default(layer.rectifier), size, itemsize, channels, layer.slopes, mode)
     moved, computed = sum(call.bytes for call in calls), sum(call.flops for call in calls)
     if part == "epilogue":
         return moved, computed

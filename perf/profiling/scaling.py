@@ -8,10 +8,11 @@ relative to the copy that was timed in the same rounds, which takes the machine'
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import pandas as pd
+
+from fused_rect.environment import cores
 
 from .peers import COPY
 from .records import base, cases, one
@@ -58,8 +59,8 @@ def points(axis: str, threads: int) -> list[tuple[Layer, int]]:
 
 def thread_counts() -> list[int]:
     """Powers of two up to the cores that this process may use, and that number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({*(2**k for k in range(cores.bit_length()) if 2**k <= cores), cores})
+    most = cores()
+    return sorted({*(2**k for k in range(most.bit_length())), most})
 
 
 def _map(n: int, c: int, h: int, w: int) -> Layer:
