@@ -480,7 +480,7 @@ MUTANTS = [
     Mutant(
         BATCHING, "vmap: one slope's gradient not summed", "split[1] = split[1].sum(-1)", "split[1] = split[1][..., 0]"
     ),
-    Mutant(BATCHING, "vmap: random slopes folded", "    if _rule(args, 1).random:", "    if False:"),
+    Mutant(BATCHING, "vmap: random slopes folded", "    if rule.random:", "    if False:"),
     Mutant(
         DERIVATIVES,
         "forward mode without the slopes' tangent",

@@ -14,7 +14,7 @@ from ..ops.checks import dense_stride
 from ..rules import Need, Parameters, Rule
 from . import inline
 from .in_place import rectify_backward_
-from .placement import FORWARD, INLINE, OURS
+from .placement import FORWARD, INLINE, OURS, Placed
 from .sites import RANKS
 
 FUNCTIONS = {name: getattr(F, name) for name in RANKS}
@@ -36,15 +36,11 @@ def behind_map(
     rectifier: str,
     own: dict[str, Any],
     seed: Tensor | None,
-    place: str,
-    fresh: bool,
-    along: bool,
+    placed: Placed,
     channels_last: bool,
 ) -> Tensor:
     """`linear_map(*arguments, **named)`, rectified. own: the rectifier's arguments.
 
-    place: one of :mod:`.placement`. fresh: nobody else will read the output's gradient.
-    along: it is made in the order of the output.
     channels_last: the map's output will lie so in memory, whatever it looks like while it is traced.
     """
     rank = RANKS[linear_map]
@@ -55,7 +51,7 @@ def behind_map(
         z = torch.ops.aten._unsafe_view(z.contiguous() if rank == 0 else z, batched)
     parameters = Parameters(bias, own.get("weight"), seed)
     last = channels_last and z.dim() == 4
-    out = _rectified(z, parameters, rule(rectifier, own), added, place, fresh, along, in_place=True, channels_last=last)
+    out = _rectified(z, parameters, rule(rectifier, own), added, placed, in_place=True, channels_last=last)
     return out if len(batched) == len(shape) else out.view(shape)
 
 
@@ -67,32 +63,15 @@ def _mapped(
 
 
 def bare(
-    input: Tensor,
-    rectifier: str,
-    own: dict[str, Any],
-    seed: Tensor | None,
-    place: str,
-    fresh: bool,
-    along: bool,
-    in_place: bool,
+    input: Tensor, rectifier: str, own: dict[str, Any], seed: Tensor | None, placed: Placed, in_place: bool
 ) -> Tensor:
     """`input`, rectified."""
     parameters = Parameters(None, own.get("weight"), seed)
-    return _rectified(
-        input, parameters, rule(rectifier, own), False, place, fresh, along, in_place=in_place, channels_last=False
-    )
+    return _rectified(input, parameters, rule(rectifier, own), False, placed, in_place, channels_last=False)
 
 
 def _rectified(
-    z: Tensor,
-    parameters: Parameters,
-    rule: Rule,
-    bias_added: bool,
-    place: str,
-    fresh: bool,
-    along: bool,
-    in_place: bool,
-    channels_last: bool,
+    z: Tensor, parameters: Parameters, rule: Rule, bias_added: bool, placed: Placed, in_place: bool, channels_last: bool
 ) -> Tensor:
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *parameters))):
         if not in_place:
@@ -101,7 +80,7 @@ def _rectified(
         return z
     stride = _channels_last(z.shape) if channels_last else None
     apply: Any = _Rectify.apply
-    out: Tensor = apply(z, *parameters, rule, bias_added, place, fresh, along, in_place, stride)
+    out: Tensor = apply(z, *parameters, rule, bias_added, placed, in_place, stride)
     return out
 
 
@@ -126,20 +105,17 @@ class _Rectify(torch.autograd.Function):
         seed: Tensor | None,
         rule: Rule,
         bias_added: bool,
-        place: str,
-        fresh: bool,
-        along: bool,
+        placed: Placed,
         in_place: bool,
         stride: Sequence[int] | None,
     ) -> Tensor:
-        ctx.rule, ctx.bias_dtype, ctx.place = rule, None if bias is None else bias.dtype, place
-        ctx.fresh, ctx.along = fresh, along
+        ctx.rule, ctx.bias_dtype, ctx.placed = rule, None if bias is None else bias.dtype, placed
         given = ops.flat(Parameters(bias, weight, seed), rule)
         if rule.keeps_input:
             ctx.stride = None
             to_add = None if bias_added else bias
             ctx.save_for_backward(z, to_add, weight, seed)
-            return ops.rectify(z, *given, bias_added) if place == OURS else inline.forward(z, to_add, weight)
+            return ops.rectify(z, *given, bias_added) if placed.place == OURS else inline.forward(z, to_add, weight)
         ctx.stride = stride or dense_stride(z)
         if in_place:
             bits = ops.rectify_bits_(z, *given, bias_added, ctx.stride)
@@ -153,17 +129,16 @@ class _Rectify(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, bias, weight, seed = ctx.saved_tensors
         _, need_bias, need_weight = ctx.needs_input_grad[:3]
-        parameters, dtype = Parameters(bias, weight, seed), ctx.bias_dtype if need_bias else None
-        if ctx.place in (FORWARD, INLINE):
-            return *inline.backward(
-                grad, kept, parameters, ctx.rule, Need(dtype, need_weight), ctx.stride, ctx.along
-            ), *[None] * 8
-        wanted = *ops.flat(parameters, ctx.rule), dtype, need_weight, ctx.stride
-        if ctx.fresh:
+        parameters, need = Parameters(bias, weight, seed), Need(ctx.bias_dtype if need_bias else None, need_weight)
+        place, fresh, along = ctx.placed
+        if place in (FORWARD, INLINE):
+            return *inline.backward(grad, kept, parameters, ctx.rule, need, ctx.stride, along), *[None] * 6
+        wanted = *ops.flat(parameters, ctx.rule), *need, ctx.stride
+        if fresh:
             of_bias, of_weight = rectify_backward_(grad, kept, *wanted)
         else:
             grad, of_bias, of_weight = ops.rectify_backward(grad, kept, *wanted)
-        return grad, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 8
+        return grad, of_bias if need_bias else None, of_weight if need_weight else None, *[None] * 6
 
 
 _lib = torch.library.Library("fused_rect", "FRAGMENT")

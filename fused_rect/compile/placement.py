@@ -49,6 +49,14 @@ class Around(NamedTuple):
         return (INLINE, BACKWARD) if self.rectifier == "prelu" else (FORWARD, OURS)
 
 
+class Placed(NamedTuple):
+    """Where a rectifier went, with what its backward may rely on."""
+
+    place: str  # one of the above
+    fresh: bool  # nobody else will read the output's gradient
+    along: bool  # which is made in the order of the output
+
+
 class Choice(NamedTuple):
     place: str
     reason: str

@@ -17,7 +17,7 @@ from .. import backends, functional
 from ..random import new_seed
 from ..rules import RULES
 from . import calls
-from .placement import INDUCTOR, OURS, Around, Choice, in_training
+from .placement import INDUCTOR, OURS, Around, Choice, Placed, in_training
 from .sites import MAPS, RANKS, Found, find
 
 
@@ -278,8 +278,8 @@ def _replace(graph: fx.Graph, found: Found, place: str, seeds: _Seeds, channels_
     where = found.map_node or found.node
     with graph.inserting_before(where):
         seed = seeds.next(found) if _is_random(found) else None
-        gradient = _is_fresh(found.node), _gradient_is_along(found.node)
-        own = (found.rectifier, found.arguments, seed, place, *gradient)
+        placed = Placed(place, _is_fresh(found.node), _gradient_is_along(found.node))
+        own = (found.rectifier, found.arguments, seed, placed)
         if found.map_node is not None:
             call = (found.linear_map, found.map_node.args, dict(found.map_node.kwargs), *own, channels_last)
             new = graph.call_function(calls.behind_map, call)

@@ -18,17 +18,12 @@ from ..rules import Need, Parameters, Rule
 Dims = tuple[int | None, ...]
 
 
-def _rectify(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    if _rule(args, 1).random:
-        return _one_by_one(ops.rectify, info, in_dims, args)
-    folded: tuple[Any, Any] = _folded(info, in_dims, *args)
-    return folded
-
-
 @ops.packed(leading=3)
-def _folded(
+def _rectify(
     info: Any, in_dims: Dims, input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False
 ) -> tuple[Any, Any]:
+    if rule.random:
+        return _one_by_one(ops.rectify, info, in_dims, (input, *ops.flat(parameters, rule), bias_added))
     bias, weight, seed = parameters
     (input,), (bias, weight), unfold, _ = _fold(info.batch_size, (input,), in_dims[:1], (bias, weight), in_dims[1:3])
     return unfold(ops.rectify(input, *ops.flat(Parameters(bias, weight, seed), rule), bias_added)), 0
@@ -60,18 +55,20 @@ def _check_mapped(in_dims: Dims) -> None:
         )
 
 
-def _rectify_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    kept = args[1]
-    if kept.dtype == torch.uint8 or _rule(args, 2).random:
-        return _one_by_one(ops.rectify_backward, info, in_dims, args)
-    folded: tuple[Any, Any] = _folded_backward(info, in_dims, *args)
-    return folded
-
-
 @ops.packed(leading=4, backward=True)
-def _folded_backward(
-    info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, _: Any = None
+def _rectify_backward(
+    info: Any,
+    in_dims: Dims,
+    grad: Tensor,
+    kept: Tensor,
+    parameters: Parameters,
+    rule: Rule,
+    need: Need,
+    stride: ops.Stride = None,
 ) -> tuple[Any, Any]:
+    if kept.dtype == torch.uint8 or rule.random:
+        arguments = grad, kept, *ops.flat(parameters, rule), *need, stride
+        return _one_by_one(ops.rectify_backward, info, in_dims, arguments)
     size, (bias, weight, seed) = info.batch_size, parameters
     tensors, folded, unfold, channels = _fold(size, (grad, kept), in_dims[:2], (bias, weight), in_dims[2:4])
     parameters = Parameters(folded[0], folded[1], seed)
@@ -80,12 +77,6 @@ def _folded_backward(
     if weight is not None and split[1].numel() and not _per_channel(weight, in_dims[3]):
         split[1] = split[1].sum(-1).reshape(size, *_unmapped_shape(weight, in_dims[3]))
     return (unfold(grad_input), *split), (0, 0, 0)
-
-
-def _rule(args: tuple[Any, ...], leading: int) -> Rule:
-    """The rule among the flat arguments of an op of ``leading`` tensors."""
-    rule: Rule = ops.packed(leading)(lambda *call: call[leading + 1])(*args)
-    return rule
 
 
 def _split(total: Tensor, size: int, channels: int) -> Tensor:
