@@ -71,6 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is a number of things."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
 def _import(name: str, command: Command):  # type: ignore[no-untyped-def]
     try:
         return importlib.import_module(command.module)

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from . import files
+from .cli import positive
 from .environment import machine
 from .random import new_seed, slopes
 from .rules import RULES
@@ -134,17 +135,10 @@ def table(results: list[Result]) -> Table:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_positive, default=8, help="passes over the training images (default: 8)")
+    parser.add_argument("--epochs", type=positive, default=8, help="passes over the training images (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and slopes (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

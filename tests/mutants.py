@@ -557,7 +557,7 @@ MUTANTS = [
     Mutant(CHECKPOINT, "an unverified result", 'if value.pop("crc32") == _crc(value):', 'if value.pop("crc32"):'),
     Mutant(CHECKPOINT, "another run's checkpoint", "    if found != identity:", "    if not identity:"),
     Mutant(FOLDER, "settings merged", "    if names:", "    if len(names) > 2:"),
-    Mutant(FOLDER, "two studies at once", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    Mutant(FOLDER, "two studies at once", "lock.acquire(timeout=0)", "lock.release()"),
     Mutant(FOLDER, "halves of killed studies stay", 'folder.rglob(".*.part")', 'folder.glob(".*.part")'),
     Mutant(LOG, "another run's log", '["run"] != run:', '["run"] is None:'),
     Mutant(LOG, "a torn line gone on from", "                file.truncate(end)\n", ""),

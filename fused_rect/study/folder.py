@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock  # which torch needs, too
 
 from .. import files
 from . import checkpoint
@@ -51,20 +52,15 @@ def _compare(path: Path, mine: dict[str, object]) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """A lock that the system gives back when the process ends, however it ends; nothing where there are no locks."""
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        remedy = "wait for its end, or name another folder with --out"
+        raise ValueError(f"another study is at work in {folder}; {remedy}") from error
+    except (NotImplementedError, OSError):  # a network folder without locks
+        pass
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "wait for its end, or name another folder with --out"
-            raise ValueError(f"another study is at work in {folder}; {remedy}") from error
-        except OSError:  # a network folder without locks
-            pass
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

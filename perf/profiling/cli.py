@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fused_rect import files
+from fused_rect.cli import positive
 from fused_rect.environment import machine
 
 from . import cases, records, report
@@ -43,10 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shape", type=_sizes, metavar="N,C,H,W", help="one layer's input; with --model, the model's")
     what.add_argument("--model", metavar="NAME", help="module:name or file.py:name of a module, or of what returns one")
     what.add_argument("--scaling", choices=AXES, help="time and bytes of bias + rectifier along one axis")
-    what.add_argument("--kernel", type=_positive, help="of --shape: the kernel's size, by default 3")
-    what.add_argument("--stride", type=_positive, help="of --shape, by default 1")
-    what.add_argument("--out-channels", type=_positive, help="of --shape, by default C")
-    what.add_argument("--batch", type=_positive, help="of --workload: by default the source's, on a CPU what takes ms")
+    what.add_argument("--kernel", type=positive, help="of --shape: the kernel's size, by default 3")
+    what.add_argument("--stride", type=positive, help="of --shape, by default 1")
+    what.add_argument("--out-channels", type=positive, help="of --shape, by default C")
+    what.add_argument("--batch", type=positive, help="of --workload: by default the source's, on a CPU what takes ms")
     what.add_argument("--rectifier", nargs="+", choices=RECTIFIERS, help="by default the network's own, or all four")
     what.add_argument("--mode", nargs="+", choices=MODES, default=["training"], help="training: forward and backward")
     what.add_argument("--part", nargs="+", choices=PARTS,
@@ -55,13 +56,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     how.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["contiguous"])
-    how.add_argument("--threads", type=_positive, default=0, help="by default torch's own choice")
+    how.add_argument("--threads", type=positive, default=0, help="by default torch's own choice")
     how.add_argument("--compile", action="store_true", help="time torch.compile too, plain and with our backend")
     how.add_argument("--base", choices=BASES, default=FUSED, help="the peer whose time the others' are divided by")
     how.add_argument("--allocator", choices=("keeping", "default"), default="keeping",
                      help="glibc keeps freed memory, which is steadier; or does as it does by default")  # fmt: skip
-    how.add_argument("--processes", type=_positive, default=5)
-    how.add_argument("--rounds", type=_positive, default=5)
+    how.add_argument("--processes", type=positive, default=5)
+    how.add_argument("--rounds", type=positive, default=5)
     how.add_argument(
         "--budget", type=float, default=90.0, help="seconds; where they do not suffice, there are fewer rounds"
     )
@@ -73,16 +74,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--tolerance", type=float, default=0.1, help="a regression is slower by more (0.1: 10 %%)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
 def _sizes(text: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(_positive(part) for part in text.replace("x", ",").split(","))
+        sizes = tuple(positive(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         sizes = ()
     if not 3 <= len(sizes) <= 5:
