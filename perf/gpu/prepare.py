@@ -18,7 +18,7 @@ import torch
 from fused_rect import backends
 
 from ..inspection import figures
-from ..inspection.compiling import Step
+from ..inspection.compiling import NAMES, Step
 from ..profiling.measure import Case
 from ..profiling.named import described, named
 from . import sizes
@@ -48,7 +48,7 @@ def prepare(size: sizes.Size) -> Iterator[Row]:
 def predicted(size: sizes.Size) -> list[Step]:
     """The kernels that are timed, as `inspect` names them."""
     major, minor = torch.cuda.get_device_capability()
-    layouts = {"contiguous": "nchw", "channels_last": "channels_last"}
+    layouts = {layout: name for name, layout in NAMES.items()}
     found = {
         Step(f"sm_{major}{minor}", a["rectifier"], a["dtype"], layouts[a["layout"]], sizes.shape(a["output"]))
         for a in (case.about for case in sizes.kernels(size))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..inspection.compiling import NAMES
 from .sizes import shape
 
 Report = Mapping[str, Any]
@@ -22,14 +23,19 @@ NOTE = (
 def markdown(where: Report, steps: Report, budgets: Mapping[str, int]) -> str:
     """``where``: facts of the machine; ``steps``: what :func:`.running.run` gave for each."""
     lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in where.items()), ""]
-    lines += ["| step | outcome | seconds | budget |", "|---|---|---|---|"]
-    lines += [f"| {name} | {step['outcome']} | {step['seconds']} | {budgets[name]} |" for name, step in steps.items()]
+    outcomes = ((name, step["outcome"], step["seconds"], budgets[name]) for name, step in steps.items())
+    lines += _table(("step", "outcome", "seconds", "budget"), outcomes)
     for name, step in steps.items():
         lines += ["", f"## {name}", "", *_told(step)]
         found = [record for row in step["rows"] for record in row.get("records", ())]
         if found:
             lines += _kernels(found, _predictions(steps)) if name == "kernels" else TABLES.get(name, _profile)(found)
     return "\n".join(lines) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def _told(step: Report) -> Iterator[str]:
@@ -62,9 +68,8 @@ def _host(found: list[dict[str, Any]]) -> list[str]:
     for r in found:
         told = "absent" if r["seconds"] is None else f"{r['seconds'] * 1e6:.1f}"
         rows.setdefault((r["part"], r["rectifier"], r["mode"], r["shape"]), {})[r["peer"]] = told
-    lines = [f"| | rectifier | mode | shape | {' | '.join(peers)} |", "|---" * (4 + len(peers)) + "|"]
-    lines += [f"| {' | '.join((*case, *(of.get(peer, '') for peer in peers)))} |" for case, of in rows.items()]
-    return ["", "Microseconds of the host a call:", "", *lines]
+    cells = ((*case, *(of.get(peer, "") for peer in peers)) for case, of in rows.items())
+    return ["", "Microseconds of the host a call:", "", *_table(("", "rectifier", "mode", "shape", *peers), cells)]
 
 
 TABLES = {"host": _host}
@@ -79,9 +84,8 @@ def _predictions(steps: Report) -> dict[tuple[Any, ...], float]:
     for row in steps.get("prepare", {"rows": ()})["rows"]:
         if "predicted" in row and row["fraction"] is not None:
             p = row["predicted"]
-            layout = "contiguous" if p["layout"] == "nchw" else p["layout"]
             output = "x".join(map(str, p["shape"]))
-            found[p["rectifier"], p["dtype"], layout, output, row["kernel"]] = row["fraction"]
+            found[p["rectifier"], p["dtype"], NAMES[p["layout"]], output, row["kernel"]] = row["fraction"]
     return found
 
 
@@ -94,7 +98,7 @@ def _kernels(found: list[dict[str, Any]], predicted: Mapping[tuple[Any, ...], fl
         if record["seconds"] is not None and record["part"] == "epilogue":
             case = tuple(record[key] for key in ("rectifier", "dtype", "layout", "output"))
             cases.setdefault(case, {})[record["mode"], record["peer"]] = record
-    lines = [*_ceilings(found), NOTE, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    rows = []
     for case, of in cases.items():
         for mode, name in PASSES.items():
             ours, moved = _seconds(of, mode, FUSED), _of(of, mode, FUSED, "bytes")
@@ -106,8 +110,8 @@ def _kernels(found: list[dict[str, Any]], predicted: Mapping[tuple[Any, ...], fl
             ratios = [_over(_seconds(of, mode, peer), ours) for peer in (COMPILED, EAGER)]
             fraction = predicted.get((*case, name))
             cells = (f"{ours * 1e6:.1f}", f"{rate:.0f}", _over(rate, size), _over(fraction, 1), *ratios)
-            lines.append(f"| {' | '.join((*case, name, *cells))} |")
-    return ["", *lines]
+            rows.append((*case, name, *cells))
+    return ["", *_ceilings(found), NOTE, "", *_table(COLUMNS, rows)]
 
 
 def _of(of: Mapping[Any, Any], mode: str, peer: str, field: str) -> Any:
