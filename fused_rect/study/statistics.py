@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
 
 from . import paper
 from .variants import VARIANTS
@@ -46,7 +47,7 @@ def interval(values: Any) -> tuple[float, float]:
     values = np.asarray(values, float)
     if len(values) < 2:
         return math.nan, math.nan
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(1 - LEVEL)
+    low, high = DescrStatsW(values).tconfint_mean(LEVEL)
     return float(low), float(high)
 
 
