@@ -380,7 +380,7 @@ MUTANTS = [
     ),
     Mutant(NATIVE, "a round too few", "constexpr int rounds = 7", "constexpr int rounds = 6"),
     Mutant(NATIVE, "products exchanged", "x1 = p1, x3 = p0;", "x1 = p0, x3 = p1;"),
-    Mutant(NATIVE, "a lane of the ragged end lost", "at.count < W ? 0 : W - rest;", "at.count < W ? 0 : W - rest - 1;"),
+    Mutant(NATIVE, "a lane of the ragged end lost", "column < W ? 0 : W - rest;", "column < W ? 0 : W - rest - 1;"),
     Mutant(NATIVE, "a lane too many of the ragged end", "((1ull << rest) - 1) << skip", "((2ull << rest) - 1) << skip"),
     Mutant(NATIVE, "bfloat16 ties away from zero", "u + 0x7fff + ((u >> 16) & 1)", "u + 0x8000"),
     Mutant(NATIVE, "the last piece's part left out", "i <= last; i++) sums[k]", "i < last; i++) sums[k]"),
@@ -399,7 +399,19 @@ MUTANTS = [
     Mutant(NATIVE, "bits: the former segment's lost", "if (shift) words[0] |= *bits;", ""),
     Mutant(NATIVE, "bits: stale ones of rows", "std::memset(c.bits, 0, ", "std::memset(c.bits, 0, 0 * "),
     Mutant(NATIVE, "bits: read without their shift", "words[i] >> shift | words[i + 1] << (64 - shift);", "words[i];"),
-    Mutant(NATIVE, "the sides of the kept input's neighbour", "run({value, nullptr, y,", "run({value + 1, nullptr, y,"),
+    Mutant(
+        NATIVE, "the sides of the kept input's neighbour", "{value, nullptr, y, words", "{value + 1, nullptr, y, words"
+    ),
+    Mutant(NATIVE, "no bias for the kept input", "W::Step::from_value || !c.bits ? few", "W::Step::from_value ? few"),
+    Mutant(NATIVE, "columns that run on behind a line", "column + 64 == columns ? 0", "column + 64 == 0 ? 0"),
+    Mutant(NATIVE, "a segment that ends within a line", "longest / step.columns * step.columns", "longest"),
+    Mutant(NATIVE, "the first strip's parameters", "if (strip != at) {", "if (at < 0) {"),
+    Mutant(
+        NATIVE,
+        "halves of a vector exchanged",
+        "store(to, low), store((char *)to + 32, high)",
+        "store(to, high), store((char *)to + 32, low)",
+    ),
     # ---- the ops in C++
     Mutant(ORDINARY, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),
     Mutant(ORDINARY, "negated parameters as they lie", "  return plain(parameter) && ", "  return "),

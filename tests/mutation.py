@@ -50,7 +50,7 @@ def check(mutant: Mutant, root: Path) -> None:
 
 
 def copy(to: Path) -> None:
-    skipped = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
+    skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=skipped)

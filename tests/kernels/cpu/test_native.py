@@ -96,6 +96,9 @@ def poisoned_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @example((40, 2100), 0, torch.bfloat16, PRELU, True, True, True, 1)
 @example((70, 1027), 1, torch.float32, RELU, True, True, True, 1)
 @example((3, 5, 65, 67), 1, torch.float32, Rule("leaky_relu", 0.1, 0.1), True, True, True, 1)
+@example((131, 64), 1, torch.float32, Rule("leaky_relu", 0.1, 0.1), True, True, True, 1)
+@example((263, 96), 1, torch.float64, PRELU, True, True, True, 1)
+@example((263, 96), 1, torch.float32, RELU, True, True, True, 1)
 def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel, wide, seed):
     generator = torch.Generator().manual_seed(seed)
     dims = list(range(len(shape))) if order % 2 else torch.randperm(len(shape), generator=generator).tolist()
