@@ -171,11 +171,13 @@ def rrelu(lower: float | None, upper: float | None, law: str, training: bool = T
 
     Raises ValueError for an unknown law and RuntimeError, as torch, for bounds that are not finite or out of order.
     """
-    if law not in LAWS:
+    name = LAWS.get(law)
+    if name is None:
         raise ValueError(f"law must be one of {', '.join(map(repr, LAWS))}, got {law!r}")
-    defaults = RULES[LAWS[law]].defaults
-    rule = Rule(LAWS[law], defaults[0] if lower is None else lower, defaults[1] if upper is None else upper)
-    _check_bounds(rule)
+    least, most = RULES[name].defaults
+    rule = Rule(name, least if lower is None else lower, most if upper is None else upper)
+    if not -math.inf < rule.lower <= rule.upper < math.inf or law == "divisor":
+        _check_bounds(rule)
     return rule if training else rule.evaluation()
 
 

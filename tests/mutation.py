@@ -24,7 +24,7 @@ from pathlib import Path
 from mutants import FOCUSED, MUTANTS, REST, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("fused_rect", "kernels", "perf", "tests", "pyproject.toml")
+COPIED = ("fused_rect", "kernels", "perf", "tests", "docs", "pyproject.toml")
 OPTIONS = ("-m", "not exhaustive", "--hypothesis-profile", "without_shrinking")
 LIMIT = 900  # seconds a run of tests; a mutant that hangs is noticed
 
