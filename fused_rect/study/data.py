@@ -8,6 +8,7 @@ digits                scikit-learn's 1,797 images of 8 x 8, always there
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,12 +62,9 @@ def load(name: str = "auto", root: Path | None = None) -> Dataset:
     return DATASETS[name](root)
 
 
-def _cifar(spec: formats.Cifar) -> Callable[[Path | None], Dataset]:
-    def read(root: Path | None) -> Dataset:
-        train, test, path = formats.cifar(_required(spec.name, root), spec)
-        return Dataset(spec.name, path.name, *train, *test, spec.classes)
-
-    return read
+def cifar(spec: formats.Cifar, root: Path | None) -> Dataset:
+    train, test, path = formats.cifar(_required(spec.name, root), spec)
+    return Dataset(spec.name, path.name, *train, *test, spec.classes)
 
 
 def _required(name: str, root: Path | None) -> Path:
@@ -125,8 +123,8 @@ def digits(root: Path | None = None) -> Dataset:
 
 
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
-    "cifar-10": _cifar(formats.CIFAR10),
-    "cifar-100": _cifar(formats.CIFAR100),
+    "cifar-10": functools.partial(cifar, formats.CIFAR10),
+    "cifar-100": functools.partial(cifar, formats.CIFAR100),
     "ndsb": ndsb,
     "fashion-mnist": fashion_mnist,
     "digits": digits,

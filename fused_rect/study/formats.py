@@ -15,7 +15,7 @@ import pickle
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -235,17 +235,14 @@ def class_folders(folder: Path, side: int) -> tuple[Images, Labels, list[str]]:
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: unpack the competition's train.zip there, or name its parent with --root")
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).iterdir())
+             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]  # fmt: skip
     if not files:
         raise DataError(f"{folder} holds no <class>/*.jpg")
     images = np.empty((len(files), 1, side, side), np.uint8)
     for i, (path, _) in enumerate(files):
         images[i, 0] = _grey(path, side)
     return images, np.array([label for _, label in files], np.int64), classes
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def _grey(path: Path, side: int) -> NDArray[np.uint8]:

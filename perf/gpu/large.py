@@ -51,19 +51,12 @@ def _wrong(device: str, rule: Rule, plane: int) -> dict[str, Any]:
 
 def _expected(x: Tensor, channel: Tensor, parameters: Parameters, rule: Rule, start: int) -> tuple[Tensor, Tensor]:
     """Output and, for a gradient of 1, the input's gradient before it is rounded; ``x`` lies from ``start`` on."""
-    assert parameters.bias is not None
-    z = x.float() + parameters.bias.float()[channel]
-    if rule.slope == "zero":
-        return z.relu().to(x.dtype), (z > 0).float()
-    if rule.random:
-        slope = _slopes(rule, start, x)
-    elif rule.learned:
-        assert parameters.weight is not None
-        slope = parameters.weight.float()[channel]
-    else:
-        slope = torch.full_like(z, rule.constants[0])
-    negative = reference.is_negative(z, rule)
-    return torch.where(negative, z * slope, z).to(x.dtype), torch.where(negative, slope, 1.0)
+    each = Parameters(*(None if p is None else p[channel] for p in parameters[:2]))  # every element its own channel
+    x = x.view(1, -1)
+    z = reference.add_bias(x, each.bias)
+    slopes: Any = _slopes(rule, start, x) if rule.random else reference.slope(z, each, rule)
+    forward, negative = reference.rectify(x, each, rule, slopes), reference.is_negative(z, rule)
+    return forward.view(-1), torch.where(negative, slopes, 1.0).view(-1)
 
 
 def _slopes(rule: Rule, start: int, x: Tensor) -> Tensor:
