@@ -163,7 +163,7 @@ MUTANTS = [
     Mutant(HOLDERS, "a variable reads no more", "if count == expected:", "if count >= expected:"),
     Mutant(HOLDERS, "any variable is replaced", "names(after)[0] == name", "True"),
     Mutant(HOLDERS, "counted while calls add references", "return _count(object()) == _HANDED_OVER", "return True"),
-    Mutant(TWINS, "over what PReLU's backward reads", 'not (call.name == "prelu" and _needs_grad(call))', "True"),
+    Mutant(TWINS, "over what PReLU's backward reads", "not (call.rule.learned and _needs_grad(call))", "True"),
     Mutant(TWINS, "over what a checkpoint keeps", "return dispatch_modes() == 0 and", "return"),
     Mutant(TWINS, "over a view", "        and call.input._base is None\n", ""),
     Mutant(TWINS, "infinite slopes", "math.isfinite(n)", "n == n"),

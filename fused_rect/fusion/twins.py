@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, rules
+from .. import ops, rules
 from ..internals import dispatch_modes, forward_ad_active
-from ..rules import PRELU, RELU, Rule
+from ..rules import PRELU, RELU, Parameters, Rule
 
 
 class Call(NamedTuple):
-    """`functional.bias_{name}(input, None, *arguments)`"""
+    """weight: PReLU's."""
 
-    name: str
     in_place: bool
     input: Tensor
-    arguments: tuple[Any, ...] = ()
+    rule: Rule
+    weight: Tensor | None = None
 
 
 class Twin(NamedTuple):
@@ -32,21 +32,14 @@ class Twin(NamedTuple):
     call: Callable[..., Call | None]
 
 
-def rule_of(call: Call) -> tuple[Rule, Tensor | None]:
-    """What ``call`` computes: the rule, and PReLU's weight."""
-    if call.name == "prelu":
-        return PRELU, call.arguments[0]
-    if call.name == "rrelu":
-        lower, upper, training = call.arguments
-        return rules.rrelu(lower, upper, "slope", training), None
-    return RELU if call.name == "relu" else rules.leaky_relu(*call.arguments), None
-
-
 def rectify(call: Call, is_free: bool) -> Tensor:
     """is_free: nobody else reads or keeps the memory of ``call.input``, so where the result lies is ours to say."""
+    _, input, rule, weight = call
     in_place = _may_overwrite(call) if is_free and _can_tell_nothing(call) else call.in_place
-    out: Tensor = _FUNCTIONS[call.name][in_place](call.input, None, *call.arguments)
-    return out
+    if not in_place:
+        return ops.run(input, Parameters(weight=weight), rule)
+    ops.run_(input, Parameters(weight=weight), rule)
+    return input
 
 
 def _can_tell_nothing(call: Call) -> bool:
@@ -61,20 +54,20 @@ def _can_tell_nothing(call: Call) -> bool:
 
 def _may_overwrite(call: Call) -> bool:
     """Not where PReLU's backward reads the input, or a selective checkpoint keeps what convolutions return."""
-    return dispatch_modes() == 0 and not (call.name == "prelu" and _needs_grad(call))
+    return dispatch_modes() == 0 and not (call.rule.learned and _needs_grad(call))
 
 
 def _needs_grad(call: Call) -> bool:
-    tensors = (call.input, *(a for a in call.arguments if isinstance(a, Tensor)))
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    tensors = call.input, call.weight
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Call:
-    return Call("relu", inplace, input)
+    return Call(inplace, input, RELU)
 
 
 def _leaky_relu(input: Tensor, negative_slope: Any = 0.01, inplace: bool = False) -> Call | None:
-    return Call("leaky_relu", inplace, input, (negative_slope,)) if _are_finite(negative_slope) else None
+    return Call(inplace, input, rules.leaky_relu(negative_slope)) if _are_finite(negative_slope) else None
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Call | None:
@@ -84,14 +77,14 @@ def _prelu(input: Tensor, weight: Tensor) -> Call | None:
         and (weight.dtype, weight.device, weight.dim()) == (input.dtype, input.device, 1)
         and (weight.numel() == 1 or (input.dim() > 1 and weight.numel() == input.shape[1]))
     )
-    return Call("prelu", False, input, (weight,)) if fits else None
+    return Call(False, input, PRELU, weight) if fits else None
 
 
 def _rrelu(
     input: Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, inplace: bool = False
 ) -> Call | None:
     fits = _are_finite(lower, upper) and lower <= upper
-    return Call("rrelu", inplace, input, (lower, upper, training)) if fits else None
+    return Call(inplace, input, rules.rrelu(lower, upper, "slope", training)) if fits else None
 
 
 def _are_finite(*numbers: Any) -> bool:
@@ -116,7 +109,3 @@ def _twins() -> dict[Any, Twin]:
 
 
 TWINS = _twins()
-_FUNCTIONS = {
-    name: (getattr(functional, f"bias_{name}"), getattr(functional, f"bias_{name}_"))
-    for name in ("relu", "leaky_relu", "prelu", "rrelu")
-}

@@ -26,7 +26,7 @@ from ..ops.checks import FLOATING
 from . import norms
 from .holders import caller_of, is_last_reader
 from .readers import is_rectifier_next
-from .twins import TWINS, Call, Twin, rectify, rule_of
+from .twins import TWINS, Call, Twin, rectify
 
 # A map whose output no rectifier has read in so many calls of its mode (training or not) is not asked again.
 TRIES = 3
@@ -220,10 +220,9 @@ def _filled(twin: Twin, first: Tensor, output: Output, last: bool, args: Any, kw
     call = _call_of(twin, args, kwargs)
     if call is None or output.deferred is None or not (last or call.in_place):
         return False
-    rule, weight = rule_of(call)
-    if rule.random:
+    if call.rule.random:
         return False
-    norms.fill(first, output.deferred, rule, weight)
+    norms.fill(first, output.deferred, call.rule, call.weight)
     if call.in_place and not first.is_inference():
         torch.autograd.graph.increment_version(first)
     output.reader.fused.add(twin.name)
