@@ -175,14 +175,20 @@ def epilogue(z: Tensor, rank: int, parameters: Parameters, rule: Rule, bias_adde
     rank: spatial dims, 0 for a linear map. bias_added: ``z`` holds the bias already; see :mod:`fused_rect.ops`.
     Raises what the functions above raise.
     """
-    shape = z.shape
-    batched = (-1, shape[-1]) if rank == 0 else (1, *shape) if z.dim() == rank + 1 else shape
-    if len(batched) != len(shape):
-        z = z.contiguous() if rank == 0 else z
-        z = torch.ops.aten._unsafe_view(z, batched)  # no view to autograd, which would make in-place calls copies
-    run = _rectify_ if _may_overwrite(z, parameters, rule) else _rectify
-    out = run(z, parameters, rule, bias_added)
-    return out if len(batched) == len(shape) else out.view(shape)
+    lying = channels_second(z, rank)
+    run = _rectify_ if _may_overwrite(lying, parameters, rule) else _rectify
+    out = run(lying, parameters, rule, bias_added)
+    return out if lying is z else out.view(z.shape)
+
+
+def channels_second(z: Tensor, rank: int) -> Tensor:
+    """A map's output with its channels in dim 1: itself, or what autograd takes for no view, of which in-place calls
+    would make copies."""
+    shape = (-1, z.shape[-1]) if rank == 0 else (1, *z.shape) if z.dim() == rank + 1 else z.shape
+    if len(shape) == z.dim():
+        return z
+    lying: Tensor = torch.ops.aten._unsafe_view(z.contiguous() if rank == 0 else z, shape)
+    return lying
 
 
 def _may_overwrite(z: Tensor, parameters: Parameters, rule: Rule) -> bool:

@@ -45,14 +45,11 @@ def behind_map(
     """
     rank = RANKS[linear_map]
     z, bias, added = _mapped(linear_map, rank, *arguments, **named)
-    shape = z.shape
-    batched = (-1, shape[-1]) if rank == 0 else (1, *shape) if z.dim() == rank + 1 else shape
-    if len(batched) != len(shape):
-        z = torch.ops.aten._unsafe_view(z.contiguous() if rank == 0 else z, batched)
+    lying = functional.channels_second(z, rank)
     parameters = Parameters(bias, own.get("weight"), seed)
-    last = channels_last and z.dim() == 4
-    out = _rectified(z, parameters, rule(rectifier, own), added, placed, in_place=True, channels_last=last)
-    return out if len(batched) == len(shape) else out.view(shape)
+    last = channels_last and lying.dim() == 4
+    out = _rectified(lying, parameters, rule(rectifier, own), added, placed, in_place=True, channels_last=last)
+    return out if lying is z else out.view(z.shape)
 
 
 def _mapped(
