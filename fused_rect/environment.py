@@ -8,12 +8,14 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import backends
+from .kernels.cpu import build
 from .version import __version__
 
 VARIABLES = (
@@ -53,8 +55,8 @@ def report() -> dict[str, Any]:
         "devices": _devices(),
         "paths": {device: backends.why(device) for device in ("cpu", *accelerators)},
         "calls": {device: backends.calls(device) for device in ("cpu", *accelerators)},
-        "compiler": _compiler(),
-        "cache": _cache(),
+        "compiler": _or_why_not(_compiler),
+        "cache": _or_why_not(build.folder),
         "cpu features": torch.backends.cpu.get_cpu_capability(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -130,19 +132,12 @@ def _devices() -> dict[str, str]:
 
 
 def _compiler() -> str:
-    from .kernels.cpu import build
+    command = build.compiler()
+    return f"{' '.join(command)}: {build.version(command).splitlines()[0]}"
 
+
+def _or_why_not(found: Callable[[], Any]) -> str:
     try:
-        command = build.compiler()
-        return f"{' '.join(command)}: {build.version(command).splitlines()[0]}"
-    except build.BuildError as error:
-        return str(error)
-
-
-def _cache() -> str:
-    from .kernels.cpu import build
-
-    try:
-        return str(build.folder())
+        return str(found())
     except build.BuildError as error:
         return str(error)

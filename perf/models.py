@@ -109,32 +109,16 @@ def without_torchvision(*classes: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def spandrel(architecture: str, module: str, name: str) -> Callable[..., nn.Module]:
-    bare(f"spandrel.architectures.{architecture}")
-    found: Callable[..., nn.Module] = getattr(
-        importlib.import_module(f"spandrel.architectures.{architecture}.__arch.{module}"), name
-    )
-    return found
+def spandrel(architecture: str, module: str, name: str, side: int, fold: bool = False, **sizes: Any) -> Model:
+    """A model of spandrel with random weights, for images of ``side`` squared."""
 
+    def build() -> nn.Module:
+        bare(f"spandrel.architectures.{architecture}")
+        found = importlib.import_module(f"spandrel.architectures.{architecture}.__arch.{module}")
+        made: nn.Module = getattr(found, name)(**sizes)
+        return made.train(not fold)
 
-def rrdb() -> nn.Module:
-    return spandrel("ESRGAN", "RRDB", "RRDBNet")(num_filters=8, num_blocks=1, scale=2)
-
-
-def compact() -> nn.Module:
-    return spandrel("Compact", "SRVGG", "SRVGGNetCompact")(num_feat=8, num_conv=4, upscale=2)
-
-
-def cugan() -> nn.Module:
-    return spandrel("RealCUGAN", "upcunet_v3", "UNet1")(3, 3, deconv=True)
-
-
-def dncnn() -> nn.Module:
-    return spandrel("DnCNN", "network_dncnn", "DnCNN")(in_nc=3, out_nc=3, nc=8, nb=5, act_mode="BR").eval()
-
-
-def drunet() -> nn.Module:
-    return spandrel("DRUNet", "network_unet", "DRUNet")(in_nc=3, out_nc=3, nc=[8, 8, 8, 8], nb=1)
+    return Model("spandrel", build, (1, 3, side, side), fold)
 
 
 def timm(module: str) -> Any:
@@ -159,28 +143,31 @@ def resnet() -> nn.Module:
     return model.eval()
 
 
-def hifigan() -> nn.Module:
-    with without_torchvision():
-        speecht5: Any = importlib.import_module("transformers.models.speecht5")
-        made: Callable[..., nn.Module] = speecht5.SpeechT5HifiGan
-    sizes = {
-        "model_in_dim": 16,
-        "upsample_initial_channel": 16,
-        "upsample_rates": [4, 4],
-        "upsample_kernel_sizes": [8, 8],
-    }
-    return made(speecht5.SpeechT5HifiGanConfig(**sizes, normalize_before=False))
+def hugging(module: str, name: str, config: str, shape: tuple[int, ...], **sizes: Any) -> Model:
+    """A model of transformers with random weights."""
+
+    def build() -> nn.Module:
+        with without_torchvision():
+            package: Any = importlib.import_module(f"transformers.models.{module}")
+            made: nn.Module = getattr(package, name)(getattr(package, config)(**sizes))
+        return made
+
+    return Model("transformers", build, shape)
 
 
+_HIFIGAN: dict[str, Any] = {
+    "model_in_dim": 16, "upsample_initial_channel": 16, "upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8],
+    "normalize_before": False,
+}  # fmt: skip
 MODELS = {
-    "RRDBNet": Model("spandrel", rrdb, (1, 3, 12, 12)),
-    "Compact": Model("spandrel", compact, (1, 3, 12, 12)),
-    "CUGAN UNet": Model("spandrel", cugan, (1, 3, 32, 32)),
-    "DnCNN": Model("spandrel", dncnn, (1, 3, 12, 12), fold=True),
-    "DRUNet": Model("spandrel", drunet, (1, 3, 16, 16)),
+    "RRDBNet": spandrel("ESRGAN", "RRDB", "RRDBNet", 12, num_filters=8, num_blocks=1, scale=2),
+    "Compact": spandrel("Compact", "SRVGG", "SRVGGNetCompact", 12, num_feat=8, num_conv=4, upscale=2),
+    "CUGAN UNet": spandrel("RealCUGAN", "upcunet_v3", "UNet1", 32, in_channels=3, out_channels=3, deconv=True),
+    "DnCNN": spandrel("DnCNN", "network_dncnn", "DnCNN", 12, fold=True, in_nc=3, out_nc=3, nc=8, nb=5, act_mode="BR"),
+    "DRUNet": spandrel("DRUNet", "network_unet", "DRUNet", 16, in_nc=3, out_nc=3, nc=[8, 8, 8, 8], nb=1),
     "VGG": Model("timm", vgg, (2, 3, 56, 56)),
     "ResNet": Model("timm", resnet, (2, 3, 32, 32), fold=True),
-    "HiFi-GAN": Model("transformers", hifigan, (1, 8, 16)),
+    "HiFi-GAN": hugging("speecht5", "SpeechT5HifiGan", "SpeechT5HifiGanConfig", (1, 8, 16), **_HIFIGAN),
 }
 
 

@@ -7,7 +7,6 @@ Exits with 1 where fewer are fused than :data:`WANTED`.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import fused_rect as fr
 from fused_rect.fusion.twins import TWINS
 from fused_rect.fusion.waiting import trains
 
-from .models import MODELS, Model, spandrel, timm, without_torchvision
+from .models import MODELS, Model, hugging, spandrel, timm
 
 # Of the pairs of a map and a rectifier, and of those with a BatchNorm in evaluation between.
 WANTED = (0.95, 0.90)
@@ -36,22 +35,10 @@ def zoo(module: str, name: str, shape: tuple[int, ...] = (2, 3, 64, 64)) -> Mode
     return Model("timm", build, shape)
 
 
-def hugging(module: str, name: str, config: str, shape: tuple[int, ...], **sizes: Any) -> Model:
-    """A model of transformers with random weights."""
-
-    def build() -> nn.Module:
-        with without_torchvision():
-            package: Any = importlib.import_module(f"transformers.models.{module}")
-            made: nn.Module = getattr(package, name)(getattr(package, config)(**sizes))
-        return made.eval()
-
-    return Model("transformers", build, shape)
-
-
 _TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 REACH = {
     **MODELS,
-    "FBCNN": Model("spandrel", lambda: spandrel("FBCNN", "FBCNN", "FBCNN")(nb=1), (1, 3, 32, 32)),
+    "FBCNN": spandrel("FBCNN", "FBCNN", "FBCNN", 32, nb=1),
     "OPT": hugging("opt", "OPTModel", "OPTConfig", (1, 8), **_TEXT, word_embed_proj_dim=32, ffn_dim=64),
     "T5": hugging("t5", "T5EncoderModel", "T5Config", (1, 8), vocab_size=50, d_model=32, d_ff=64, d_kv=8, num_heads=4),
     "SegFormer": hugging("segformer", "SegformerForSemanticSegmentation", "SegformerConfig", (1, 3, 64, 64)),

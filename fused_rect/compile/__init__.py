@@ -8,8 +8,7 @@ what happens to each rectifier.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,7 @@ from torch import fx
 
 from ..rules import RULES
 from . import layouts
-from .options import asked
-from .rewrite import ALL, How, Site, rewrite
+from .rewrite import ALL, How, Site, asked, rewrite
 
 __all__ = ["ALL", "How", "Report", "Site", "backend", "explain", "inductor_pass", "rewrite_graph_module"]
 
@@ -37,7 +35,8 @@ def backend(
     layouts.let_inductor_choose()
     sites = rewrite_graph_module(gm, how, patches)
     fused = [site for site in sites if site.fused]
-    if (fused and _on_cpu(example_inputs)) or (how.eager_random and any(RULES[site.rectifier].law for site in fused)):
+    on_cpu = {i.device.type for i in example_inputs if isinstance(i, torch.Tensor)} <= {"cpu"}
+    if (fused and on_cpu) or (how.eager_random and any(RULES[site.rectifier].law for site in fused)):
         # On CPUs channels-last convolutions gain nothing in training; copies to that layout and back cost 5 to 10 %.
         # Random slopes follow the layout: eager's are those of eager's.
         patches.setdefault("layout_optimization", False)
@@ -76,10 +75,6 @@ def _refusing_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any
         return outputs
 
     return call
-
-
-def _on_cpu(inputs: list[Any]) -> bool:
-    return {i.device.type for i in inputs if isinstance(i, torch.Tensor)} <= {"cpu"}
 
 
 def rewrite_graph_module(gm: fx.GraphModule, how: How, patches: dict[str, Any] | None = None) -> list[Site]:
@@ -146,20 +141,13 @@ def explain(
         report.extend(rewrite_graph_module(gm, how, patches))
         return gm.forward
 
-    with _fresh_dynamo():
+    torch._dynamo.reset()  # a model compiled before must be traced again, and what is traced here must not be kept
+    try:
         torch.compile(model, backend=record)(*inputs, **keywords)
+    finally:
+        torch._dynamo.reset()
     return report
 
 
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:.3g} MB"
-
-
-@contextlib.contextmanager
-def _fresh_dynamo() -> Iterator[None]:
-    """A model compiled before must be traced again, and what is traced here must not be kept."""
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()

@@ -7,8 +7,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import backends
 from . import layouts
-from .options import asked
-from .rewrite import rewrite
+from .rewrite import asked, rewrite
 
 VERSION = "fused_rect-rewrite-3"
 

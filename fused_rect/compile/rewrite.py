@@ -30,6 +30,24 @@ class How(NamedTuple):
 
 
 ALL = How(all=True)
+SITES = "fused_rect.sites"
+
+
+def asked(mode: str | None, options: dict[str, Any] | None) -> tuple[How, dict[str, Any]]:
+    """What is asked of the rewrite, and what of Inductor."""
+    from torch._inductor import config, list_mode_options
+
+    options = dict(options or {})
+    sites = options.pop(SITES, "auto")
+    if sites not in ("auto", "all"):
+        raise ValueError(f"option {SITES!r} must be 'auto' or 'all', got {sites!r}")
+    patches: dict[str, Any] = {**(list_mode_options(mode) if mode else {}), **options}
+
+    def is_on(name: str) -> bool:
+        return bool(patches.get(name, getattr(config, name)))
+
+    templates = is_on("max_autotune") or is_on("max_autotune_gemm")
+    return How(sites == "all", templates, is_on("fallback_random")), patches
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ def _choose(found: Found, how: How, channels_last: bool) -> Choice:
         return _random(cpu)
     if not value.requires_grad:
         return Choice(INDUCTOR, "no gradient is wanted, and Inductor's inference moves as little")
-    if how.templates and found.map_node is not None and not _is_random(found) and not _transposed(found.linear_map):
+    if how.templates and found.map_node is not None and not (_is_random(found) or "transpose" in found.linear_map):
         return Choice(INDUCTOR, f"the template of the {found.linear_map} takes it as its epilogue")
     choice = in_training(_around(found, channels_last))
     if not cpu:
@@ -133,10 +151,6 @@ def _random(cpu: bool) -> Choice:
     if cpu and backends.name("cpu") == "eager":
         return Choice(INDUCTOR, "there is no native CPU path here, and Inductor's RReLU is faster than the eager one")
     return Choice(OURS, "Inductor would write the noise to memory")
-
-
-def _transposed(linear_map: str) -> bool:
-    return linear_map.startswith("conv_transpose")
 
 
 def _around(found: Found, channels_last: bool) -> Around:

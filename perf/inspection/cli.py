@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import rich
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from . import figures, roofline
-from .compiling import DTYPES, LAYOUTS, RECTIFIERS, Step, gpu_target, in_processes
+from .compiling import DTYPES, LAYOUTS, RECTIFIERS, Step, gpu_target
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # More than 8M elements each; the second with nothing that a vector of 4 or 8 elements divides.
@@ -71,14 +76,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect(steps: Sequence[Step], processes: int = 2) -> dict[Step, list[dict[str, Any]]]:
-    """The figures of every kernel of every step. Triton's disk cache keeps what it has compiled before."""
-    found = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(steps))
-        for step, kernels in in_processes(figures.of_step, steps, processes):
-            found[step] = kernels
-            progress.advance(task)
-    return found
+    """The figures of every kernel of every step, from processes that compile, whatever this one interprets."""
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    context, most = multiprocessing.get_context("spawn"), min(processes, len(steps) or 1)
+    with (
+        ProcessPoolExecutor(most, context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
+        with mock.patch.dict(os.environ, compiling, clear=True):  # the processes start at the first submission
+            found = {step: pool.submit(figures.of_step, step) for step in steps}
+        done = as_completed(found.values())
+        for future in progress.track(done, total=len(found), description="compiling"):
+            future.result()
+    return {step: future.result() for step, future in found.items()}
 
 
 def shape_name(shape: Sequence[int]) -> str:

@@ -1,19 +1,13 @@
 """Compiles the kernels of a training step for any target, on any machine, GPU or not.
 
-Compiling happens in processes of its own (`in_processes`), because TRITON_INTERPRET has to be unset before a kernel is
-decorated, and because two of them are faster. Triton's disk cache keeps what has been compiled before.
+Triton's disk cache keeps what has been compiled before. TRITON_INTERPRET has to be unset before a kernel is decorated.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
-from unittest import mock
+from typing import Any
 
 import torch
 
@@ -98,19 +92,3 @@ def _bytes(step: Step, plan: Any, itemsize: int) -> tuple[int, int, int]:
     finish = traffic.finish(sums * plan.partials, sums * channels, out_itemsize=itemsize)
     forward, backward = traffic.step(rule, step.size, itemsize, channels, channels)
     return forward.bytes, backward.bytes + finish.read, finish.bytes
-
-
-T = TypeVar("T")
-
-
-def in_processes(work: Callable[[Step], T], steps: Sequence[Step], processes: int = 2) -> Iterator[tuple[Step, T]]:
-    """``work`` of each step, as they come, from processes that compile and do not interpret."""
-    context = multiprocessing.get_context("spawn")
-    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with ProcessPoolExecutor(
-        min(processes, len(steps) or 1), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        with mock.patch.dict(os.environ, compiling, clear=True):  # the processes start at the first submission
-            futures = {pool.submit(work, step): step for step in steps}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
