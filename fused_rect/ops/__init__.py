@@ -66,12 +66,13 @@ def packed(leading: int, backward: bool = False) -> Callable[[Callable[..., Any]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            given = *args[:leading], Parameters(*args[leading:rule]), Rule(*args[rule:need])
-            if not backward:
-                return function(*given, *args[need:])
-            return function(*given, Need(*args[need:rest]), *args[rest:])
+            return function(*args[:leading], Parameters(*args[leading:rule]), Rule(*args[rule:need]), *args[need:])
 
-        return call
+        def needed(*args: Any) -> Any:
+            parameters, given = Parameters(*args[leading:rule]), Rule(*args[rule:need])
+            return function(*args[:leading], parameters, given, Need(*args[need:rest]), *args[rest:])
+
+        return needed if backward else call
 
     return decorate
 
