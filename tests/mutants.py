@@ -632,5 +632,5 @@ MUTANTS = [
     Mutant(RUNNING, "a dead step is ok", "(status and not cut)", "(status > 0 and not cut)"),
     Mutant(RUNNING, "what it started goes on", "            end(child)", "            child.kill()"),
     Mutant(GPU_CHECK, "the log of another run", 'open(f"{base}.log", "x")', 'open(f"{base}.log", "a")'),
-    Mutant(TABLES, "backward with its forward", 'if mode == "training" else 0', "if False else 0"),
+    Mutant(TABLES, "backward with its forward", 'there if mode == "forward" else', "there if mode else"),
 ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..inspection.compiling import NAMES
 from .sizes import shape
@@ -93,43 +96,32 @@ def _kernels(found: list[dict[str, Any]], predicted: Mapping[tuple[Any, ...], fl
     """A row a pass; backward is training without forward, and holds the sums and their end."""
     from ..profiling.peers import COMPILED, COPY, EAGER, FUSED
 
-    cases: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
-    for record in found:
-        if record["seconds"] is not None and record["part"] == "epilogue":
-            case = tuple(record[key] for key in ("rectifier", "dtype", "layout", "output"))
-            cases.setdefault(case, {})[record["mode"], record["peer"]] = record
+    cases: defaultdict[tuple[str, ...], dict[tuple[str, str], tuple[float, int]]] = defaultdict(dict)
+    for r in found:
+        if r["seconds"] is not None and r["part"] == "epilogue":
+            cases[r["rectifier"], r["dtype"], r["layout"], r["output"]][r["mode"], r["peer"]] = r["seconds"], r["bytes"]
     rows = []
     for case, of in cases.items():
+        copied = 2 * math.prod(shape(case[3])) * getattr(torch, case[1]).itemsize
         for mode, name in PASSES.items():
-            ours, moved = _seconds(of, mode, FUSED), _of(of, mode, FUSED, "bytes")
-            if ours is None or moved is None:
+            seconds, moved = _passed(of, mode, FUSED)
+            if seconds is None:
                 continue
-            copy = of.get((mode, COPY))
-            rate = moved / ours / 1e9
-            size = 2 * _bytes(copy) / copy["seconds"] / 1e9 if copy else None
-            ratios = [_over(_seconds(of, mode, peer), ours) for peer in (COMPILED, EAGER)]
-            fraction = predicted.get((*case, name))
-            cells = (f"{ours * 1e6:.1f}", f"{rate:.0f}", _over(rate, size), _over(fraction, 1), *ratios)
-            rows.append((*case, name, *cells))
+            copy, _ = of.get((mode, COPY), (None, 0))
+            ratios = [_over(_passed(of, mode, peer)[0], seconds) for peer in (COMPILED, EAGER)]
+            of_a_copys = _over(copy and moved / seconds * copy, copied)
+            told = (f"{seconds * 1e6:.1f}", f"{moved / seconds / 1e9:.0f}", of_a_copys)
+            rows.append((*case, name, *told, _over(predicted.get((*case, name)), 1), *ratios))
     return ["", *_ceilings(found), NOTE, "", *_table(COLUMNS, rows)]
 
 
-def _of(of: Mapping[Any, Any], mode: str, peer: str, field: str) -> Any:
-    """A peer's ``field`` of one pass."""
+def _passed(of: Mapping[Any, tuple[float, int]], mode: str, peer: str) -> tuple[float | None, int]:
+    """A peer's seconds and bytes of one pass; None for what is no time, such as two that the noise has swapped."""
     there, forward = of.get((mode, peer)), of.get(("forward", peer))
     if there is None or forward is None:
-        return None
-    return there[field] - (forward[field] if mode == "training" else 0)
-
-
-def _seconds(of: Mapping[Any, Any], mode: str, peer: str) -> float | None:
-    """None for what is no time: of a backward pass that is lost in the noise of two."""
-    seconds = _of(of, mode, peer, "seconds")
-    return seconds if seconds and seconds > 0 else None
-
-
-def _bytes(record: Report) -> int:
-    return math.prod(shape(record["output"])) * (4 if record["dtype"] == "float32" else 2)
+        return None, 0
+    seconds, moved = there if mode == "forward" else (there[0] - forward[0], there[1] - forward[1])
+    return (seconds if seconds > 0 else None), moved
 
 
 def _over(value: float | None, by: float | None) -> str:
