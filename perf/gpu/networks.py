@@ -69,12 +69,9 @@ def hifigan(width: int = 256) -> nn.Module:
     return nn.Sequential(*layers, nn.LeakyReLU(), nn.Conv1d(width, 1, 7, padding=3), nn.Tanh())
 
 
-def resnet(width: int = 64, blocks: int = 4, running: bool = True) -> nn.Module:
-    """A residual network (arXiv 1512.03385) of basic blocks; batch norms stand between, so rectifiers are torch's.
-
-    running: whether the batch norms keep statistics.
-    """
-    norm = partial(nn.BatchNorm2d, width, track_running_stats=running)
+def resnet(width: int = 64, blocks: int = 4) -> nn.Module:
+    """A residual network (arXiv 1512.03385) of basic blocks; batch norms stand between, so rectifiers are torch's."""
+    norm = partial(nn.BatchNorm2d, width)
 
     def block() -> nn.Module:
         body = _conv(width, width), norm(), nn.ReLU(inplace=True), _conv(width, width), norm()
@@ -85,8 +82,4 @@ def resnet(width: int = 64, blocks: int = 4, running: bool = True) -> nn.Module:
     return nn.Sequential(*stem, *(block() for _ in range(blocks)), *end)
 
 
-# For a device made of CPU memory, which cannot copy a buffer.
-small_rrdbnet = partial(rrdbnet, 8, 1)
-small_compact = partial(compact, 8, 1)
-small_hifigan = partial(hifigan, 8)
-small_resnet = partial(resnet, 8, 1, running=False)
+small_compact = partial(compact, 8, 1)  # for a device made of CPU memory
