@@ -144,11 +144,6 @@ class Plan:
         slots = min(most, 1 << (self.chunks * self.copies * self.touched - 1).bit_length())
         return slots, 1024 // slots
 
-    @property
-    def waste(self) -> float:
-        """Lanes launched for each lane that has a vector to do."""
-        return self.programs * self.depth * self.down * self.beside * self.across / max(self.vectors, 1)
-
 
 def channel_layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
     """(channels, inner) of a dense tensor: position p of its memory is in channel p // inner % channels."""

@@ -52,52 +52,34 @@ class Specialization:
 
 
 def training_step(
-    rule: Rule,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    layout: str = "contiguous",
-    *,
-    bias: bool = True,
-    weight: int | None = None,
-    bits: bool | None = None,
-    need: Need | None = None,
+    rule: Rule, dtype: torch.dtype, shape: tuple[int, ...], layout: str = "contiguous"
 ) -> list[Specialization]:
-    """Forward, backward and, where anything is summed, the finishing sum, for a (N, C, ...) tensor.
+    """Forward, backward with all its sums, and the finishing sum, for a (N, C, ...) tensor, a bias and C slopes.
 
-    ``layout``: "contiguous" or "channels_last"; ``bias``: whether there is one, of C elements; ``weight``: length of
-    PReLU's (default C); ``bits``: whether they are kept and not the input (default: as the rule has it); ``need``:
-    the sums (default: of every parameter). RuntimeError under TRITON_INTERPRET.
+    ``layout``: "contiguous" or "channels_last". RuntimeError under TRITON_INTERPRET.
     """
     if not isinstance(rectify, triton.JITFunction):
         raise RuntimeError("nothing to compile: TRITON_INTERPRET is set; unset it before fused_rect is imported")
-    if bits is None:
-        bits = not rule.keeps_input
-    weights = (shape[1] if weight is None else weight) if rule.learned else 0
-    if need is None:
-        need = Need(dtype if bias else None, rule.learned)
-    like = shape, _strides(shape, layout), dtype
-    parameters = {"weight": dtype if weights else None, "seed": torch.int64 if rule.random else None}
-    kept = torch.uint8 if bits else None
-    absent = {"partials": None, "mean": None, "var": None, "norm_weight": None}
-    forward = {"x": dtype, "grad": None, "out": dtype, "bits": kept, "bias": dtype if bias else None, **absent}
-    found = [_variant("forward", rectify_call(*like, rule, bias, weights, Need()), {**forward, **parameters})]
+    bits, weights, need = not rule.keeps_input, shape[1] if rule.learned else 0, Need(dtype, rule.learned)
     compute, summed = computed_in(dtype), outputs(dtype, need)
-    added = bias and not bits
-    backward = {
-        "x": None if bits else dtype,
-        "grad": dtype,
+    given: dict[str, torch.dtype | None] = {
         "out": dtype,
-        "bits": kept,
-        "bias": dtype if added else None,
-        **absent,
-        "partials": compute if summed else None,
+        "bits": torch.uint8 if bits else None,
+        "weight": dtype if weights else None,
+        "seed": torch.int64 if rule.random else None,
+        **dict.fromkeys(("mean", "var", "norm_weight")),
     }
-    call = rectify_call(*like, rule, added, weights, need)
-    found.append(_variant("backward", call, {**backward, **parameters}))
-    if summed:
-        pointers = {"partials": compute, "first": summed[0], "second": summed[1] if len(summed) == 2 else None}
-        found.append(_variant("finish", finish_call(call.plan, len(summed), compute), pointers))
-    return found
+    read = None if bits else dtype  # by backward, to make z again
+    forward = {**given, "x": dtype, "grad": None, "bias": dtype, "partials": None}
+    backward = {**given, "x": read, "grad": dtype, "bias": read, "partials": compute}
+    finish = {"partials": compute, "first": summed[0], "second": summed[1] if len(summed) == 2 else None}
+    like = shape, _strides(shape, layout), dtype
+    call = rectify_call(*like, rule, not bits, weights, need)
+    return [
+        _variant("forward", rectify_call(*like, rule, True, weights, Need()), forward),
+        _variant("backward", call, backward),
+        _variant("finish", finish_call(call.plan, len(summed), compute), finish),
+    ]
 
 
 def _variant(name: str, call: Call, pointers: dict[str, torch.dtype | None]) -> Specialization:

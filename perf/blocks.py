@@ -45,11 +45,11 @@ class Block:
 BLOCKS: dict[str, Block] = {}
 
 
-def block(*parts: Callable[[], nn.Module], name: str = "", **about: Any) -> Callable[[Callable[..., Any]], None]:
+def block(*parts: Callable[[], nn.Module], **about: Any) -> Callable[[Callable[..., Any]], None]:
     """Register a function ``(parts, rectifier, x)`` under its name, with the modules that it is written for."""
 
     def register(forward: Callable[..., Any]) -> None:
-        key = (name or forward.__name__).replace("_", " ")
+        key = forward.__name__.replace("_", " ")
         BLOCKS[key] = Block(lambda a: Written(a, forward, *(make() for make in parts)), **about)
 
     return register

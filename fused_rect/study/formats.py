@@ -54,11 +54,11 @@ def read_at_most(file: Readable, limit: int, what: str) -> bytes:
 IDX_LONGEST = 16 + 60_000 * 28 * 28
 
 
-def idx(path: Path, dimensions: int, sha256: str | None, longest: int = IDX_LONGEST) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, at most ``longest`` of them, gzip-compressed where its name ends in .gz."""
+def idx(path: Path, dimensions: int, sha256: str | None) -> NDArray[np.uint8]:
+    """An IDX file of unsigned bytes, at most IDX_LONGEST of them, gzip-compressed where its name ends in .gz."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = read_at_most(file, longest, str(path))
+            data = read_at_most(file, IDX_LONGEST, str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if sha256 is not None:
