@@ -123,12 +123,6 @@ def _rectify(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool
 
 
 @packed(leading=1)
-def _rectify_fake(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
-    check(input, parameters, rule)
-    return torch.empty_like(dense(input))
-
-
-@packed(leading=1)
 def _rectify_bits(
     input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False, stride: Stride = None
 ) -> tuple[Tensor, Tensor]:
@@ -138,23 +132,10 @@ def _rectify_bits(
 
 
 @packed(leading=1)
-def _rectify_bits_fake(
-    input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False, stride: Stride = None
-) -> tuple[Tensor, Tensor]:
-    check(input, parameters, rule)
-    return torch.empty_like(dense(input, stride)), _new_bits(input)
-
-
-@packed(leading=1)
 def _rectify_in_place(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     check(input, parameters, rule)
     check_in_place(input)
     _run_in_place(input, parameters, rule, bias_added, None)
-
-
-@packed(leading=1)
-def _rectify_in_place_fake(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
-    check(input, parameters, rule)
 
 
 @packed(leading=1)
@@ -168,12 +149,17 @@ def _rectify_bits_in_place(
     return bits
 
 
-@packed(leading=1)
-def _rectify_bits_in_place_fake(
-    input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False, stride: Stride = None
-) -> Tensor:
-    check(input, parameters, rule)
-    return _new_bits(input)
+def _fake(returned: Callable[[Tensor, Stride], Any]) -> Callable[..., Any]:
+    @packed(leading=1)
+    def fake(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False, stride: Stride = None) -> Any:
+        check(input, parameters, rule)
+        return returned(input, stride)
+
+    return fake
+
+
+def _empty(input: Tensor, stride: Stride) -> Tensor:
+    return torch.empty_like(dense(input, stride))
 
 
 @packed(leading=2, backward=True)
@@ -251,10 +237,10 @@ def below_autograd(op: Any, *args: Any) -> Any:
 
 
 KERNELS: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {  # op -> what runs, its fake
-    rectify: (_rectify, _rectify_fake),
-    rectify_: (_rectify_in_place, _rectify_in_place_fake),
-    rectify_bits: (_rectify_bits, _rectify_bits_fake),
-    rectify_bits_: (_rectify_bits_in_place, _rectify_bits_in_place_fake),
+    rectify: (_rectify, _fake(_empty)),
+    rectify_: (_rectify_in_place, _fake(lambda *_: None)),
+    rectify_bits: (_rectify_bits, _fake(lambda input, stride: (_empty(input, stride), _new_bits(input)))),
+    rectify_bits_: (_rectify_bits_in_place, _fake(lambda input, _: _new_bits(input))),
     rectify_backward: (_rectify_backward, _rectify_backward_fake),
 }
 
