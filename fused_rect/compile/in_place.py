@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.checks import check_kept, dense, laid_out_as
 from ..rules import Need, Parameters, Rule
 
 _lib = torch.library.Library("fused_rect", "FRAGMENT")
@@ -22,11 +21,7 @@ rectify_backward_ = torch.ops.fused_rect.rectify_backward_.default
 def _run(
     grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: ops.Stride = None
 ) -> tuple[Tensor, Tensor]:
-    check_kept(grad, kept, parameters, rule)
-    given = grad if stride is None else laid_out_as(grad, stride)
-    if kept.dtype != torch.uint8:
-        kept = dense(kept, stride)
-        given = laid_out_as(grad, kept.stride())
+    given, kept = ops.laid_out(grad, kept, parameters, rule, stride)
     _, *sums = ops.backward_into(given, given, kept, parameters, rule, need)
     if given is not grad:
         grad.copy_(given)

@@ -166,7 +166,7 @@ def _empty(input: Tensor, stride: Stride) -> Tensor:
 def _rectify_backward(
     grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: Stride = None
 ) -> Gradients:
-    grad, kept = _laid_out(grad, kept, parameters, rule, stride)
+    grad, kept = laid_out(grad, kept, parameters, rule, stride)
     return backward_into(torch.empty_like(grad), grad, kept, parameters, rule, need)
 
 
@@ -189,11 +189,11 @@ def backward_into(
 def _rectify_backward_fake(
     grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, need: Need, stride: Stride = None
 ) -> Gradients:
-    grad, _ = _laid_out(grad, kept, parameters, rule, stride)
+    grad, _ = laid_out(grad, kept, parameters, rule, stride)
     return gradients(torch.empty_like(grad), parameters.weight, need, torch.empty)
 
 
-def _laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, stride: Stride) -> tuple[Tensor, Tensor]:
+def laid_out(grad: Tensor, kept: Tensor, parameters: Parameters, rule: Rule, stride: Stride) -> tuple[Tensor, Tensor]:
     """Both dense and in the same order. Bits have no strides: they follow ``stride``, or the gradient as it comes."""
     grad = grad if stride is None else laid_out_as(grad, stride)
     check_kept(grad, kept, parameters, rule)
