@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_rect as fr
+from fused_rect.compile.sites import MAPS
 from fused_rect.fusion.twins import TWINS
 from fused_rect.fusion.waiting import trains
 
@@ -84,9 +85,6 @@ REACH = {
 }
 
 
-_MAPS = {F.linear, *(getattr(F, f"conv{t}{n}d") for t in ("", "_transpose") for n in (1, 2, 3))}
-
-
 class _FusedOps(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,7 +117,7 @@ class Pairs(TorchFunctionMode):
         before = [value.tensor._version for value in read]
         with _FusedOps() as ops:
             result = func(*args, **kwargs)
-        if func in _MAPS:
+        if func in MAPS:
             self.maps.append(self._value(result))
         elif func is F.batch_norm and len(read) == 1 and not ops.seen and not trains(*args, **kwargs):
             read[0].readers.append(self._value(result))
