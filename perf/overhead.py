@@ -8,6 +8,9 @@ stands in for a GPU, launches do nothing, so that what is left is the host's:
     PYTHONPATH=../shared python -c \\
         "import softcuda; softcuda.install(90); from fused_rect.perf import overhead; overhead.main()"
 
+The last rows are larger: a BatchNorm in evaluation between a map and its rectifier, below the size from which `fuse` has
+it run in the rectifier's pass, and there.
+
 Everything is divided by the same call of torch's on CPU tensors, `act(z + bias)`, round by round: a GPU's calls too, so
 that they can be compared without one. "Python" is the way of calls where direct.cpp cannot be built.
 """
@@ -15,6 +18,7 @@ that they can be compared without one. "Python" is the way of calls where direct
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import statistics
@@ -131,6 +135,18 @@ def _layers() -> list[tuple[str, nn.Module, nn.Module, Tensor]]:
     ]
 
 
+def _norms() -> list[Case]:
+    found = []
+    for sides in (64, 128):
+        x, channels = torch.randn(1, 16, sides, sides), 16
+        map_ = nn.Conv2d(channels, channels, 1, groups=channels)  # next to nothing beside the passes behind it
+        eager = nn.Sequential(map_, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)).eval()
+        fused = fr.fuse(copy.deepcopy(eager), fold_batchnorm=True)
+        step, base = (_of(functools.partial(model, x), (), "cpu")["no gradient"] for model in (fused, eager))
+        found.append(Case(f"fuse(Conv2d, BatchNorm2d, ReLU), {x.numel():,}", "cpu", "C++", "no gradient", step, base))
+    return found
+
+
 def cases() -> list[Case]:
     found = []
     for what, (ours, torchs) in EPILOGUES.items():
@@ -148,7 +164,7 @@ def cases() -> list[Case]:
         base = _of(functools.partial(eager, x), eager.parameters(), "cpu")
         for mode, step in _of(functools.partial(fused, x), fused.parameters(), "cpu").items():
             found.append(Case(what, "cpu", "C++", mode, step, base[mode]))
-    return found
+    return found + _norms()
 
 
 def _clock(step: Step, calls: int) -> float:
@@ -188,9 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
             case.step()  # compiled while launches are still executed
         sys.modules["softcuda.launches"].silence()
     found = measure(chosen, options.rounds)
-    print(f"{'':30}{'device':7}{'path':8}{'mode':13}{'us':>8}{'ratio':>7}")
+    print(f"{'':42}{'device':7}{'path':8}{'mode':13}{'us':>8}{'ratio':>7}")
     for cost in found:
-        print(f"{cost.what:30}{cost.device:7}{cost.path:8}{cost.mode:13}{cost.microseconds:8.1f}{cost.ratio:7.2f}")
+        print(f"{cost.what:42}{cost.device:7}{cost.path:8}{cost.mode:13}{cost.microseconds:8.1f}{cost.ratio:7.2f}")
     if options.json:
         kept = {"machine": machine(), "shape": SHAPE, "costs": [asdict(cost) for cost in found]}
         options.json.write_text(json.dumps(kept, indent=1) + "\n")

@@ -33,7 +33,8 @@ TRIES = 3
 # Outputs of fewer elements run as they did. Waiting, and calling our kernels, costs 20 us in forward and as much again
 # in backward; a pass over 16,384 float32 that is saved is 4 us of one CPU core, and less than a launch on a GPU.
 MIN_ELEMENTS = 2**14
-# A BatchNorm is left to its rectifier from here on: to arrange that costs 20 us, a pass over as many 20 to 60.
+# The same behind a BatchNorm, which is left to its rectifier from here on: to arrange that costs 20 us more, a pass over
+# as many elements is 20 to 60.
 MIN_ELEMENTS_OF_NORMS = 2**18
 _LOOKS = (torch.Size, int, bool, torch.dtype, torch.device, torch.layout)  # what a call returns that reads no values
 _OURS = (ops.rectify, ops.rectify_, ops.rectify_bits, ops.rectify_bits_)
@@ -43,15 +44,15 @@ class Output(NamedTuple):
     """What a tensor that waits is."""
 
     reader: Reader
+    kind: int  # of the map's call, an index of the reader's lists
     fresh: bool  # nobody holds its memory but by this tensor, nor keeps it for backward
     size: int  # elements
     norm: str = ""  # of a BatchNorm's output, "training" or "evaluation"
     deferred: norms.Deferred | None = None  # a BatchNorm that is yet to run
 
-    @property
-    def small(self) -> bool:
-        """It waits to be reported alone."""
-        return self.size < MIN_ELEMENTS
+    def taken(self, rectifier: str) -> None:
+        self.reader.fused.add(rectifier)
+        self.reader.taken[self.kind] = True
 
 
 def wait(tensor: Tensor, output: Output) -> None:
@@ -144,7 +145,7 @@ class Waiting(Tensor):
             norm = "training" if trains(*args, **kwargs) else "evaluation"
             wait(result, found._replace(fresh=True, norm=norm))
         elif func in _OURS:
-            found.reader.fused.add(str(args[4]))
+            found.taken(str(args[4]))
         return result
 
 
@@ -197,9 +198,6 @@ def _rectified(twin: Twin, first: Tensor, last: bool, func: Any, args: Any, kwar
         if _filled(twin, first, output, last, args, kwargs):
             return first
         _with_values(first, output)
-    if output.small:
-        reader.left[twin.name] = f"its outputs have fewer than {MIN_ELEMENTS} elements, where torch's own is as fast"
-        return func(*args, **kwargs)
     if norm and not (reader.fold and norm == "evaluation"):
         reader.left[twin.name] = (
             "a BatchNorm stands between; fuse(model, fold_batchnorm=True) takes it along in evaluation"
@@ -207,11 +205,15 @@ def _rectified(twin: Twin, first: Tensor, last: bool, func: Any, args: Any, kwar
             else "a BatchNorm in training stands between"
         )
         return func(*args, **kwargs)
+    least = MIN_ELEMENTS_OF_NORMS if norm else MIN_ELEMENTS
+    if output.size < least:
+        reader.left[twin.name] = f"its outputs have fewer than {least} elements, where torch's own is as fast"
+        return func(*args, **kwargs)
     call = _call_of(twin, args, kwargs)
     if call is None:
         reader.left[twin.name] = "its arguments are not those that the fused kernels take"
         return func(*args, **kwargs)
-    reader.fused.add(twin.name)
+    output.taken(twin.name)
     return rectify(call, last and output.fresh)
 
 
@@ -225,7 +227,7 @@ def _filled(twin: Twin, first: Tensor, output: Output, last: bool, args: Any, kw
     norms.fill(first, output.deferred, call.rule, call.weight)
     if call.in_place and not first.is_inference():
         torch.autograd.graph.increment_version(first)
-    output.reader.fused.add(twin.name)
+    output.taken(twin.name)
     return True
 
 
@@ -258,7 +260,8 @@ class Reader(Hook):
         self.fold = fold_batchnorm
         self.fused: set[str] = set()
         self.left: dict[str, str] = {}
-        self.tries = [0, 0, 0, 0]  # calls that waited: in evaluation, with a small output; in training, with one
+        # By kind of call, in evaluation and in training, of three sizes: how many waited, and whether ours were read.
+        self.tries, self.taken = [0] * 6, [False] * 6
         self.compiled = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -266,14 +269,13 @@ class Reader(Hook):
         if is_compiling() or type(output) is not Tensor or tracing_state() is not None:
             return
         size = output.numel()
-        small = size < MIN_ELEMENTS
-        if small or not self.fused:  # else it waits for good, so that checkpointed calls repeat themselves
-            kind = 2 * module.training + small
+        kind = 3 * module.training + (size < MIN_ELEMENTS) + (size < MIN_ELEMENTS_OF_NORMS)
+        if not self.taken[kind]:  # else it waits for good, so that checkpointed calls repeat themselves
             if self.tries[kind] == TRIES:
                 return
             self.tries[kind] += 1
         if self.compiled < TRIES and _is_ordinary(output):
-            wait(output, Output(self, _is_torchs_own(module), size))
+            wait(output, Output(self, kind, _is_torchs_own(module), size))
 
 
 class Leave(Hook):

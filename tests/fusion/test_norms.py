@@ -228,12 +228,22 @@ def test_small_outputs_run_as_they_did(filled, monkeypatch):
     with torch.no_grad():
         for size, expected in ((least // 512 - 1, []), (least // 512, ["relu"])):
             rules.clear()
-            same(
-                ready(nn.Sequential(nn.Conv2d(3, 512, 1), nn.BatchNorm2d(512), nn.ReLU())),
-                torch.randn(1, 3, size, 1),
-                1,
-            )
+            model = ready(nn.Sequential(nn.Conv2d(3, 512, 1), nn.BatchNorm2d(512), nn.ReLU()))
+            same(model, torch.randn(1, 3, size, 1), len(expected))
             assert rules == expected
+
+
+def test_middling_outputs_do_not_use_up_the_tries_of_large_ones(monkeypatch, filled):
+    monkeypatch.undo()
+    model = fr.fuse(ready(nn.Sequential(nn.Conv2d(3, 512, 1), nn.BatchNorm2d(512), nn.ReLU())), fold_batchnorm=True)
+    middling, large = (torch.randn(1, 3, waiting.MIN_ELEMENTS_OF_NORMS // 512 - less, 1) for less in (1, 0))
+    with torch.no_grad():
+        for _ in range(waiting.TRIES + 2):
+            assert fused_calls(model, middling) == 0
+        (site,) = fusion.report(model)
+        assert not site.fused and "fewer than 262144 elements" in site.reason
+        assert fused_calls(model, large) == 1 and fused_calls(model, middling) == 0
+        assert type(model[0](middling)) is torch.Tensor  # no longer asked
 
 
 def test_profiles_and_reports_say_so():
