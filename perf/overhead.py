@@ -8,8 +8,8 @@ stands in for a GPU, launches do nothing, so that what is left is the host's:
     PYTHONPATH=../shared python -c \\
         "import softcuda; softcuda.install(90); from fused_rect.perf import overhead; overhead.main()"
 
-The last rows are larger: a BatchNorm in evaluation between a map and its rectifier, below the size from which `fuse` has
-it run in the rectifier's pass, and there.
+The last rows are larger: a BatchNorm in evaluation between a map and its rectifier, below the size from which `fuse`
+has it run in the rectifier's pass, and there.
 
 Everything is divided by the same call of torch's on CPU tensors, `act(z + bias)`, round by round: a GPU's calls too, so
 that they can be compared without one. "Python" is the way of calls where direct.cpp cannot be built.

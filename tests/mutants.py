@@ -158,8 +158,15 @@ MUTANTS = [
     Mutant(HOLDERS, "hooks of all modules see what is tried", " and not hooks_on_all():", ":"),
     Mutant(WAITING, "a forward of its own gives new memory", "type(module).forward in _FORWARDS", "True"),
     Mutant(WAITING, "small outputs are fused", "    if output.size < least:\n", "    if False:\n"),
-    Mutant(WAITING, "small outputs use up the tries", "kind = 3 * module.training + (size < MIN_ELEMENTS) +", "kind = 3 * module.training +"),
-    Mutant(WAITING, "a norm's outputs are no larger", "MIN_ELEMENTS_OF_NORMS if norm else MIN_ELEMENTS", "MIN_ELEMENTS"),
+    Mutant(
+        WAITING,
+        "small outputs use up the tries",
+        "kind = 3 * module.training + (size < MIN_ELEMENTS) +",
+        "kind = 3 * module.training +",
+    ),
+    Mutant(
+        WAITING, "a norm's outputs are no larger", "MIN_ELEMENTS_OF_NORMS if norm else MIN_ELEMENTS", "MIN_ELEMENTS"
+    ),
     Mutant(WAITING, "tensors of any layout", "        and _is_dense(output)\n", ""),
     Mutant(HOLDERS, "a variable reads no more", "if count == expected:", "if count >= expected:"),
     Mutant(HOLDERS, "any variable is replaced", "names(after)[0] == name", "True"),

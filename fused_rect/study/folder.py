@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock  # which torch needs, too
+import filelock
 
 from .. import files
 from . import checkpoint

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx  # which torch needs, too
+import networkx as nx
 
 ACCESSES = ("load", "store")
 
