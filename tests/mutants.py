@@ -388,7 +388,7 @@ MUTANTS = [
     ),
     Mutant(NATIVE, "a round too few", "constexpr int rounds = 7", "constexpr int rounds = 6"),
     Mutant(NATIVE, "products exchanged", "x1 = p1, x3 = p0;", "x1 = p0, x3 = p1;"),
-    Mutant(NATIVE, "a lane of the ragged end lost", "column < W ? 0 : W - rest;", "column < W ? 0 : W - rest - 1;"),
+    Mutant(NATIVE, "the ragged end's first lanes", "std::memcpy(at.out + i, to + skip,", "std::memcpy(at.out + i, to,"),
     Mutant(NATIVE, "a lane too many of the ragged end", "((1ull << rest) - 1) << skip", "((2ull << rest) - 1) << skip"),
     Mutant(NATIVE, "bfloat16 ties away from zero", "u + 0x7fff + ((u >> 16) & 1)", "u + 0x8000"),
     Mutant(NATIVE, "the last piece's part left out", "i <= last; i++) sums[k]", "i < last; i++) sums[k]"),
