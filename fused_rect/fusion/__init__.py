@@ -39,7 +39,7 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
     A map is a convolution, a transposed convolution or a Linear, subclasses included. Who reads its output is seen
     while the model runs, whatever its forward looks like; :func:`report` says what was seen. What a fused model means
     differs in one thing: the random slopes of RReLU in training come from :mod:`fused_rect.random`. Outputs of fewer
-    than 16,384 elements are left to torch, behind a BatchNorm of fewer than 262,144: there a call costs more than a
+    than 16,384 elements are left to torch, behind a BatchNorm of fewer than 1,048,576: there a call costs more than a
     pass saves.
     fold_batchnorm: a BatchNorm in evaluation mode may stand between the two.
     """

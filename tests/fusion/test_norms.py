@@ -241,7 +241,7 @@ def test_middling_outputs_do_not_use_up_the_tries_of_large_ones(monkeypatch, fil
         for _ in range(waiting.TRIES + 2):
             assert fused_calls(model, middling) == 0
         (site,) = fusion.report(model)
-        assert not site.fused and "fewer than 262144 elements" in site.reason
+        assert not site.fused and f"fewer than {waiting.MIN_ELEMENTS_OF_NORMS} elements" in site.reason
         assert fused_calls(model, large) == 1 and fused_calls(model, middling) == 0
         assert type(model[0](middling)) is torch.Tensor  # no longer asked
 
