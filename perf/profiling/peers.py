@@ -195,17 +195,17 @@ def _epilogue_calls(
     plain = lambda z: activation(z + wide)  # noqa: E731
     runs: dict[str, Call | str] = {
         FUSED: step(lambda z: _fused(z, bias, activation), (x,), [bias, *slopes], mode),
-        EAGER: step(plain, (x,), [wide, *slopes], mode),
-        NO_BIAS: step(activation, (x,), slopes, mode),
+        EAGER: _or_reason(plain, (x,), [wide, *slopes], mode),  # torch's CPU has no RReLU in float16, say
+        NO_BIAS: _or_reason(activation, (x,), slopes, mode),
         FUSED_IN_PLACE: "PReLU's backward reads the convolution's output",
     }
     if not (slopes and trained):
         ours = lambda leaf: _fused_(fresh(leaf, buffer), none, activation)  # noqa: E731
         runs[FUSED_IN_PLACE] = step(ours, (leaf,), [none, *slopes], mode)
 
-    def in_place(make: Callable[[nn.Module], Any]) -> Call:
+    def in_place(make: Callable[[nn.Module], Any]) -> Call | str:
         rectify = make(activation)
-        return step(lambda leaf: rectify(fresh(leaf, buffer).add_(wide_none)), (leaf,), [wide_none], mode)
+        return _or_reason(lambda leaf: rectify(fresh(leaf, buffer).add_(wide_none)), (leaf,), [wide_none], mode)
 
     runs[IN_PLACE] = _in_place_or_reason(activation, in_place)
     return runs | _compiled(lambda make: _or_reason(make(plain), (x,), [wide, *slopes], mode), compiled, (COMPILED,))

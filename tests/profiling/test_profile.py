@@ -107,6 +107,13 @@ def test_without_bias_is_the_rectifier_alone():
     torch.testing.assert_close(runs[peers.NO_BIAS](), torch.nn.functional.leaky_relu(z, 0.01))
 
 
+def test_what_torch_cannot_compute_is_absent_and_ours_is_measured():
+    runs = every_peer("rrelu", "epilogue", "training", dtype="float16")
+    for name in (peers.EAGER, peers.NO_BIAS, peers.IN_PLACE):
+        assert "NotImplementedError" in runs[name]
+    assert all(t.dtype == torch.float16 for t in runs[peers.FUSED]())
+
+
 @pytest.mark.parametrize("rectifier", ("relu", "leaky_relu", "rrelu"))
 def test_onednn_infers_what_the_fused_layer_infers(rectifier):
     runs = calls(rectifier, "layer", "inference", dtype="float32")
