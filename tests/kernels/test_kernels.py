@@ -309,15 +309,19 @@ def tiles_of_large_tensors(monkeypatch):
 
 # Planes wider than a tile: the channel changes inside a vector, between two, in the last vector of several rows.
 WIDE_PLANES = [((1, 3, 65, 67), "seam"), ((2, 2, 64, 65), "plane"), ((1, 4, 8193), "seam"), ((3, 2, 4097), "seam")]
-# Half of them take the interpreter a minute, and what a plane is does not depend on the rule.
-WIDE_CASES = [
-    pytest.param(*plane, Rule.default(name), marks=[pytest.mark.exhaustive] * ((p + r) % 2), id=f"{plane[1]}{p}-{name}")
-    for p, plane in enumerate(WIDE_PLANES)
-    for r, name in enumerate(TABLE)
-]
 
 
-@pytest.mark.parametrize(("shape", "lookup", "rule"), WIDE_CASES)
+def half(cases, names):
+    """Each case with each rule, every other pair in the long sweep: what a tile is does not depend on the rule, and the
+    interpreter takes half a minute for some."""
+    return [
+        pytest.param(*case, Rule.default(name), marks=[pytest.mark.exhaustive] * ((c + r) % 2), id=f"{case[0]}-{name}")
+        for c, case in enumerate(cases)
+        for r, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "lookup", "rule"), half(WIDE_PLANES, TABLE))
 def test_planes_wider_than_a_tile(shape, lookup, rule):
     size, inner = math.prod(shape), math.prod(shape[2:])
     dtypes = [torch.float32] if INTERPRETED and rule.slope != "learned" else DTYPES
@@ -327,8 +331,10 @@ def test_planes_wider_than_a_tile(shape, lookup, rule):
         (equals_eager if dtype == torch.float32 else is_near_float64)(call)
 
 
-@pytest.mark.parametrize("rule", [PRELU, Rule.default("rrelu")], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("shape", [(1, 3, 65, 67), (2, 2, 91, 92), (9, 3, 33, 31), (9, 2, 24, 40), (9001,)])
+TILES = [((1, 3, 65, 67),), ((2, 2, 91, 92),), ((9, 3, 33, 31),), ((9, 2, 24, 40),), ((9001,),)]
+
+
+@pytest.mark.parametrize(("shape", "rule"), half(TILES, ("rrelu", "prelu")))
 def test_tiles_of_eight_steps(tiles_of_large_tensors, shape, rule):
     equals_eager(GuardedCall(shape, range(len(shape)), torch.float32, rule))
 
