@@ -176,26 +176,25 @@ def rrelu(lower: float | None, upper: float | None, law: str, training: bool = T
         raise ValueError(f"law must be one of {', '.join(map(repr, LAWS))}, got {law!r}")
     least, most = RULES[name].defaults
     rule = Rule(name, least if lower is None else lower, most if upper is None else upper)
-    if not -math.inf < rule.lower <= rule.upper < math.inf or law == "divisor":
-        _check_bounds(rule)
+    _check_bounds(rule)
     return rule if training else rule.evaluation()
 
 
 def _check_bounds(rule: Rule) -> None:
     _, lower, upper = rule
+    divides = rule.slope == "drawn divisor"
+    if -math.inf < lower <= upper < math.inf and (not divides or DIVISORS[0] <= lower <= upper <= DIVISORS[1]):
+        return  # before a message is made, which takes longer than all else here
     got = f"got lower={lower}, upper={upper}"
     if not (math.isfinite(lower) and math.isfinite(upper)):
         raise RuntimeError(f"rrelu: lower and upper must be finite, {got}")
     if lower > upper:
         raise RuntimeError(f"Lower bound should be less than or equal to the upper bound, {got}")
-    if rule.slope != "drawn divisor":
-        return
     if lower <= 0:
         raise ValueError(
             f"law='divisor' draws the divisor of the negative side, so lower must be > 0, {got}; "
             "use law='slope' for slopes that may be 0 or negative"
         )
-    if not DIVISORS[0] <= lower <= upper <= DIVISORS[1]:
-        raise ValueError(
-            "the bounds of law='divisor' must lie in [2**-126, 2**126], where float32 has a normal inverse, " + got
-        )
+    raise ValueError(
+        "the bounds of law='divisor' must lie in [2**-126, 2**126], where float32 has a normal inverse, " + got
+    )

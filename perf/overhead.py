@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 import fused_rect as fr
 
-from .. import backends
+from .. import backends, files
 from ..environment import machine
 
 SHAPE = (1, 8, 8, 8)
@@ -209,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{cost.what:42}{cost.device:7}{cost.path:8}{cost.mode:13}{cost.microseconds:8.1f}{cost.ratio:7.2f}")
     if options.json:
         kept = {"machine": machine(), "shape": SHAPE, "costs": [asdict(cost) for cost in found]}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        files.replace_json(options.json, kept)
     return 0
 
 

@@ -341,8 +341,9 @@ template <class A> struct Slopes {
   }
 };
 
-// ------------------------------------------- one segment: contiguous, `longest` elements at most, of one plane or of
-// lines of `columns`, which are a multiple of 64 where there are several
+// ---------------------------------------------------------------- one segment: contiguous, `longest` elements at most
+
+// Of one plane, or of lines of `columns`, which are a multiple of 64 where a segment holds several.
 
 // marking: forward that finds the bits; scaling: forward of x * scale + bias, without bits
 enum Pass { forward, marking, scaling, backward };
@@ -670,7 +671,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Walker {
 
   // stop: how far this thread goes on from here; shared: other threads may meet the bytes at the ends.
   void walk(int64_t position, int64_t count, int64_t stop, const Step &step, bool shared) {
-    const int64_t most = count <= longest ? count : ROWS ? longest / step.columns * step.columns : longest;
+    const int64_t most = ROWS ? longest / step.columns * step.columns : longest;
     for (int64_t end = position + count; position < end; position += most)
       segment(position, std::min(most, end - position), stop, step, shared);
   }
