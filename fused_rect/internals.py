@@ -53,6 +53,11 @@ class SingleLevelFunction(_SingleLevelFunction):
         return (ctx._autograd_function_id,)
 
 
+def function_of(node: Any) -> Any:
+    """The autograd.Function that the graph's ``node`` is of, or None for one of torch's own."""
+    return getattr(node, "_forward_cls", None)
+
+
 single_level = enable_single_level_autograd_function  # lets such a Function be applied under torch.func
 forward_ad_enabled = _set_fwd_grad_enabled
 below_autograd = torch._C._AutoDispatchBelowAutograd  # a context in which ops skip their Autograd kernels

@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import fused_rect as fr
+from fused_rect.compile import placement
 from fused_rect.fusion import waiting
 
 settings.register_profile("fused_rect", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -62,6 +63,7 @@ def _on_the_gpu(request):
 
 @pytest.fixture(autouse=True)
 def _small_outputs_count(monkeypatch):
-    """What fuse() leaves to torch for its size is fused too; `test_small_outputs_are_left_to_torch` has the size."""
+    """What fuse() leaves to torch and the compiler to Inductor for its size is ours too; three tests have the sizes."""
     monkeypatch.setattr(waiting, "MIN_ELEMENTS", 0)
     monkeypatch.setattr(waiting, "MIN_ELEMENTS_OF_NORMS", 0)
+    monkeypatch.setattr(placement, "MIN_ELEMENTS", 0)

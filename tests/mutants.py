@@ -22,8 +22,9 @@ PHILOX, RECTIFY, REDUCE, PLAN, LAUNCH = (
     f"{KERNELS}/{name}.py" for name in ("philox", "rectify", "reduce", "plan", "launch")
 )
 NATIVE, BUILD = f"{KERNELS}/cpu/rectify.cpp", f"{KERNELS}/cpu/build.py"
-DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS, CUDA = (
-    f"{KERNELS}/direct/{name}" for name in ("direct.cpp", "ordinary.h", "running.h", "autograd.h", "layers.h", "cuda.h")
+DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS, CUDA, IN_CPP = (
+    f"{KERNELS}/direct/{name}"
+    for name in ("direct.cpp", "ordinary.h", "running.h", "autograd.h", "layers.h", "cuda.h", "ops.h")
 )
 HOST, BINDING = f"{KERNELS}/direct/__init__.py", f"{KERNELS}/compiled.py"
 EAGER, BACKENDS = "fused_rect/backends/eager.py", "fused_rect/backends/__init__.py"
@@ -64,6 +65,7 @@ FOCUSED = {
     NATIVE: ["tests/kernels/cpu/test_native.py"],
     **{file: ["tests/ops/test_direct.py", *ON_GPU] for file in (DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS)},
     **dict.fromkeys((CUDA, HOST, BINDING), ON_GPU),
+    IN_CPP: ["tests/ops/test_ops_in_cpp.py"],
     EAGER: ["tests/kernels/test_kernels.py"],
     DECOMPOSE: ["tests/ops/test_integrations.py"],
     SHARDING: ["tests/ops/test_distributed.py"],
@@ -106,6 +108,8 @@ MUTANTS = [
     Mutant(PLACEMENT, "gradients are always there", "(0 if a.ready else 2 * s)", "0"),
     Mutant(PLACEMENT, "launches cost nothing", "more * LAUNCH:", "0:"),
     Mutant(PLACEMENT, "a gradient read again is free", "s * (a.stages == 2)", "0"),
+    Mutant(REWRITE, "small ones are ours on CPUs", "elements < placement.MIN_ELEMENTS:", "elements < 0:"),
+    Mutant(REWRITE, "a kept ReLU is ours on CPUs", 'found.rectifier == "relu" and any(', "False and any("),
     Mutant(INLINE, "bits in another order", "reverse=True)", "reverse=False)"),
     Mutant(INLINE, "PReLU's bias left out", "y = add_bias(z, bias)", "y = add_bias(z, None)"),
     Mutant(REWRITE, "one seed for all sites", "self.used[device] += 1", "self.used[device] = 1"),
@@ -431,7 +435,7 @@ MUTANTS = [
     Mutant(NODE, "the bias's edge for the weight's", "_compute_output(2),", "_compute_output(1),"),
     Mutant(NODE, "the bias of now in backward", "bias.defined() ? bias.clone() : Tensor()", "bias"),
     Mutant(LAYERS, "a bias added twice", "if (bias_added) call->bias = nullptr;", ""),
-    Mutant(NODE, "second derivatives lost", "plain(grad) && !at::GradMode::is_enabled() &&", "plain(grad) &&"),
+    Mutant(NODE, "second derivatives lost", "if (!at::GradMode::is_enabled() && !(grad", "if (!(grad"),
     Mutant(NODE, "no zeros of second order", "!record.rule.learned() && at::GradMode", "false && at::GradMode"),
     Mutant(NODE, "PReLU's bias without second order", "if (of_link.defined() && rule.learned())", "if (false)"),
     Mutant(NODE, "bits of another layout", "if (grad.strides() != strides)", "if (false)"),
@@ -439,6 +443,33 @@ MUTANTS = [
     Mutant(ORDINARY, "another seed than the one given", "rule.random() && !seed.defined()", "rule.random()"),
     Mutant(ORDINARY, "a device's context listens", "!= (PyTypeObject *)device_context)", "!= nullptr)"),
     Mutant(ORDINARY, "a tangent overlooked", " && !t._fw_grad(0).defined();", ";"),
+    Mutant(
+        IN_CPP,
+        "gradients overlooked",
+        "at::GradMode::is_enabled() && torch::autograd::any",
+        "false && torch::autograd::any",
+    ),
+    Mutant(IN_CPP, "another implementation overlooked", "|| !choice->is(input.is_cuda())) return", ") return"),
+    Mutant(
+        IN_CPP, "bits of another layout", "(!strides.empty() && input.strides() != strides)) return", "false) return"
+    ),
+    Mutant(IN_CPP, "a gradient of another layout", "if (IN_PLACE && grad.strides() != strides) return false;", ""),
+    Mutant(
+        IN_CPP, "one zero for both", "return std::bit_cast<int64_t>(number); };", "return (int64_t)(number * 1e9); };"
+    ),
+    Mutant(IN_CPP, "a seed of its own", "if (draws(rule, seed) || ", "if ("),
+    Mutant(
+        IN_CPP,
+        "modes are asked last",
+        "if (!nobody_listens() || !(input.is_cpu()",
+        "if (!plain(input) || !(input.is_cpu()",
+    ),
+    Mutant(
+        LAYERS,
+        "bits of no memory of theirs",
+        "if (bits) *bits = new_vector(input, (call->n + 7) / 8",
+        "if (bits) *bits = new_vector(input, call->n / 8",
+    ),
     # The rest needs softcuda on PYTHONPATH: without it the tests of CUDA tensors are skipped, and these survive.
     Mutant(LAUNCHES, "plans of another layout", "{like.sizes(), like.strides()}", "{like.sizes(), like.sizes()}"),
     Mutant(

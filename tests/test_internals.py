@@ -51,6 +51,21 @@ def test_transforms_and_forward_mode_are_noticed():
     assert seen == [(False, False), (True, False), (False, True)]
 
 
+def test_the_function_of_a_node():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    x = torch.ones(1, requires_grad=True)
+    assert internals.function_of(Twice.apply(x).grad_fn) is Twice
+    assert internals.function_of((2 * x).grad_fn) is None and internals.function_of(None) is None
+
+
 def test_modes_tracing_and_profiling_are_noticed():
     def state():
         return (

@@ -34,7 +34,7 @@ _MODULES = {
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
-    return name
+    return NAMES[NAMES.index(name)]  # the one object of this name, by which C++ knows it
 
 
 _chosen = _checked(os.environ.get("FUSED_RECT_BACKEND") or "auto", "FUSED_RECT_BACKEND")  # the whole process's
@@ -111,7 +111,12 @@ def _direct(wanted: str, on_gpu: bool) -> Any:
     device_type = "cuda" if on_gpu else "cpu"
     if _module(wanted, device_type).__name__ != _MODULES[_DIRECT[device_type]]:
         return None
-    return importlib.import_module(_CALLS).calls(device_type)
+    direct = importlib.import_module(_CALLS)
+    calls = direct.calls(device_type)
+    if calls is not None:
+        auto, triton, native, _ = NAMES
+        direct.register_ops(device_type, _OWN, _chosen, auto, native, triton)
+    return calls
 
 
 def _forget() -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from .. import internals
 from ..rules import RULES
 from . import layouts
 from .rewrite import ALL, How, Site, asked, rewrite
@@ -34,14 +35,14 @@ def backend(
     how, patches = asked(mode, options)
     layouts.let_inductor_choose()
     sites = rewrite_graph_module(gm, how, patches)
-    fused = [site for site in sites if site.fused]
-    on_cpu = {i.device.type for i in example_inputs if isinstance(i, torch.Tensor)} <= {"cpu"}
-    if (fused and on_cpu) or (how.eager_random and any(RULES[site.rectifier].law for site in fused)):
-        # On CPUs channels-last convolutions gain nothing in training; copies to that layout and back cost 5 to 10 %.
-        # Random slopes follow the layout: eager's are those of eager's.
+    random = any(site.fused and RULES[site.rectifier].law for site in sites)
+    if how.eager_random and random:  # random slopes follow the layout: eager's are those of eager's
         patches.setdefault("layout_optimization", False)
     compiled = cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=patches or None))
     return _refusing_double_backward(compiled) if torch.is_grad_enabled() else compiled
+
+
+_REFUSES = "fused_rect_refuses_double_backward"
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -59,32 +60,56 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def _mark(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
-    if not torch.is_grad_enabled():  # no create_graph=True
-        return None
-    apply: Any = _FirstDerivative.apply
-    return tuple(apply(g) if g is not None and g.requires_grad else g for g in grad_inputs)
-
-
 def _refusing_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    seen = False
+
     # Not by functools.wraps: it would copy a mark of Dynamo's, by which Dynamo (torch 2.9) calls ``compiled`` instead.
     def call(*args: Any) -> Any:
+        nonlocal seen
         outputs = compiled(*args)
-        for node in {output.grad_fn for output in outputs if getattr(output, "grad_fn", None) is not None}:
-            node.register_hook(_mark)
+        if not seen:  # once, since a hook on each call's nodes takes 20 us of a step
+            for output in outputs:
+                seen = _refuse(getattr(output, "grad_fn", None)) or seen
         return outputs
 
     return call
 
 
-def rewrite_graph_module(gm: fx.GraphModule, how: How, patches: dict[str, Any] | None = None) -> list[Site]:
-    """Rewrite ``gm`` and the graph modules inside it: checkpointed regions, branches. patches: of Inductor's config."""
+def _refuse(node: Any) -> bool:
+    """Whether there was a Function of the compiler's behind ``node``, of an output or of a view that is one."""
+    while node is not None and internals.function_of(node) is None:
+        node = node.next_functions[0][0] if node.next_functions else None
+    function = internals.function_of(node)
+    if function is not None and not hasattr(function, _REFUSES):
+        setattr(function, _REFUSES, True)
+        backward = function.backward
+
+        def refusing(ctx: Any, *grads: Any) -> Any:
+            found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():  # no create_graph=True
+                return found
+            apply: Any = _FirstDerivative.apply
+            return tuple(apply(g) if isinstance(g, torch.Tensor) and g.requires_grad else g for g in found)
+
+        function.backward = staticmethod(refusing)
+    return function is not None
+
+
+def rewrite_graph_module(gm: fx.GraphModule, how: How, patches: dict[str, Any]) -> list[Site]:
+    """Rewrite ``gm`` and the graph modules inside it: checkpointed regions, branches.
+
+    patches: of Inductor's config, with what the rewritten graph wants of it afterwards.
+    """
     modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    last = layouts.channels_last([module.graph for module in modules], patches or {})
+    graphs = [module.graph for module in modules]
+    few = {} if "layout_optimization" in patches or not layouts.too_few(graphs) else {"layout_optimization": False}
+    last = layouts.channels_last(graphs, {**patches, **few})
     sites: list[Site] = []
     for module in modules:
         sites += rewrite(module.graph, how, channels_last=last)
         module.recompile()
+    if any(site.fused for site in sites):
+        patches.update(few)
     return sites
 
 

@@ -6,10 +6,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import backends
-from . import layouts
+from . import layouts, placement
 from .rewrite import asked, rewrite
 
-VERSION = "fused_rect-rewrite-3"
+VERSION = "fused_rect-rewrite-4"
 
 
 class FuseRectifiers(CustomGraphPass):
@@ -25,7 +25,7 @@ class FuseRectifiers(CustomGraphPass):
 
     def uuid(self) -> str:
         # Part of Inductor's cache key: a cached graph compiled without the pass must not be served.
-        return f"{VERSION}-{backends.name('cpu')}"
+        return f"{VERSION}-{backends.name('cpu')}-{placement.MIN_ELEMENTS}"
 
 
 inductor_pass = FuseRectifiers()

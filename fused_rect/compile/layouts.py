@@ -18,6 +18,27 @@ from .. import ops
 from .in_place import rectify_backward_
 from .sites import MAPS, RANKS
 
+# On CPUs Inductor always does, and copies the first convolution's input and the last one's output. With ours between
+# the convolutions, of fewer than this many those copies cost more than all of them gain (docs/compile.md).
+CONVOLUTIONS = 4
+
+
+def too_few(graphs: list[fx.Graph]) -> bool:
+    """Whether these are convolutions on a CPU, and too few to run channels_last."""
+    found = _convolutions(graphs)
+    return 0 < len(found) < CONVOLUTIONS and all(input.device.type == "cpu" for _, input, _ in found)
+
+
+def _convolutions(graphs: list[fx.Graph]) -> list[tuple[fx.Node, Tensor, Tensor]]:
+    """With their input and weight, where those are known."""
+    found = []
+    for node in (node for graph in graphs for node in graph.nodes):
+        name = MAPS.get(node.target, "linear") if node.op == "call_function" else "linear"
+        operands = [_value(a) for a in node.args[:2] if isinstance(a, fx.Node)] if RANKS[name] else []
+        if len(operands) == 2 and all(value is not None for value in operands):
+            found.append((node, *operands))
+    return found
+
 
 def channels_last(graphs: list[fx.Graph], patches: dict[str, Any]) -> bool:
     """Whether Inductor will run the convolutions of these training graphs channels_last. patches: of its config."""
@@ -25,18 +46,13 @@ def channels_last(graphs: list[fx.Graph], patches: dict[str, Any]) -> bool:
     from torch._inductor.graph import GraphLowering
 
     asked = fx.Graph()
-    for node in (node for graph in graphs for node in graph.nodes):
-        name = MAPS.get(node.target, "linear") if node.op == "call_function" else "linear"
-        if RANKS[name] == 0 or not all(isinstance(a, fx.Node) and _value(a) is not None for a in node.args[:2]):
-            continue
+    for node, *values in _convolutions(graphs):
         operands = []
-        for argument in node.args[:2]:
+        for value in values:
             operands.append(asked.placeholder(f"operand_{len(asked.nodes)}"))
-            operands[-1].meta["val"] = _value(argument)
+            operands[-1].meta["val"] = value
         groups = _groups(node)
         asked.call_function(torch.ops.aten.convolution.default, (*operands, None, [], [], [], False, [], groups))
-    if any(node.meta["val"].device.type == "cpu" for node in asked.nodes if node.op == "placeholder"):
-        return bool(patches.get("layout_optimization", False))  # what the backend asks for there
     own = {
         name: value for name, value in patches.items() if name in ("layout_optimization", "force_layout_optimization")
     }

@@ -23,6 +23,8 @@ INLINE, INDUCTOR = "inline, from what the convolution wrote", "Inductor's"
 
 # Bytes that a GPU's memory moves while one more kernel starts: 2 microseconds at 2 TB/s.
 LAUNCH = 4e6
+# Fewer are left to Inductor on CPUs: our two calls take 20 us of a training step, as much as they save of so many.
+MIN_ELEMENTS = 2**11
 
 
 class Around(NamedTuple):

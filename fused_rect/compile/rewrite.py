@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .. import backends, functional
 from ..random import new_seed
 from ..rules import RULES
-from . import calls
+from . import calls, placement
 from .placement import INDUCTOR, OURS, Around, Choice, Placed, in_training
 from .sites import MAPS, RANKS, Found, find
 
@@ -100,6 +100,7 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
     for found, choice in chosen:
         sites.append(_site(found, choice))
         if choice.place != INDUCTOR:
+            backends.direct(_value(found.node))  # from whose first call on the ops are C++'s
             _replace(graph, found, choice.place, seeds, last)
     return sites
 
@@ -137,13 +138,22 @@ def _choose(found: Found, how: How, channels_last: bool) -> Choice:
         return Choice(INDUCTOR, "no gradient is wanted, and Inductor's inference moves as little")
     if how.templates and found.map_node is not None and not (_is_random(found) or "transpose" in found.linear_map):
         return Choice(INDUCTOR, f"the template of the {found.linear_map} takes it as its epilogue")
-    choice = in_training(_around(found, channels_last))
     if not cpu:
-        return choice
-    if _is_random(found):
-        return _random(cpu)
+        return in_training(_around(found, channels_last))
+    return _random(cpu) if _is_random(found) else _on_cpu(found)
+
+
+def _on_cpu(found: Found) -> Choice:
+    """By traffic, but where the clock says otherwise."""
     if found.rectifier == "prelu":
         return Choice(INDUCTOR, "on the CPU Inductor's PReLU is as fast")
+    if found.rectifier == "relu" and any(user.target in MAPS for user in found.node.users):
+        return Choice(INDUCTOR, "on the CPU Inductor's ReLU is as fast where a convolution keeps its output")
+    elements = _value(found.node).numel()
+    if isinstance(elements, int) and elements < placement.MIN_ELEMENTS:
+        return Choice(INDUCTOR, f"it has fewer than {placement.MIN_ELEMENTS} elements")
+    # Whatever the convolutions' layout: Inductor rectifies as it copies to an output's, one element after the other.
+    choice = in_training(_around(found, channels_last=False))
     return choice if found.map_node is not None else choice._replace(place=INDUCTOR)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ...internals import DeviceContext
 from ...reference import computed_in
-from ...rules import Need, Rule
+from ...rules import Need, Rule, numbers
 from ..cpu import build
 
 # As call.h numbers them; the bits and the seed besides.
@@ -43,6 +43,17 @@ def calls(device_type: str) -> Calls | None:
     return None if isinstance(found := _calls(device_type), str) else found
 
 
+def register_ops(device_type: str, own: str, *names: str) -> None:
+    """Let the dispatcher call the ops of ``device_type`` without Python, where `calls` found that it can.
+
+    For as long as a thread's own choice, kept by torch under ``own``, or else the process's, which is the first of
+    ``names``, is one of the others: any implementation, that of CPU tensors, that of CUDA tensors.
+    """
+    objects = [ctypes.py_object] * (1 + len(names))
+    register = _function("fused_rect_direct_ops", None, ctypes.c_int, ctypes.c_char_p, *objects)
+    register(device_type == "cuda", own.encode(), _numbers_of, *names)
+
+
 def why(device_type: str) -> str:
     """Which way calls on tensors of ``device_type`` take, and why, as a sentence."""
     found = _calls(device_type)
@@ -61,6 +72,10 @@ def _calls(device_type: str) -> Calls | str:
         return str(error)
     both = _function("fused_rect_direct", ctypes.py_object, ctypes.py_object, ctypes.py_object)
     return Calls(*both(device_type == "cuda", DeviceContext))
+
+
+def _numbers_of(name: str, lower: float, upper: float) -> tuple[int, float, float]:
+    return numbers(Rule(name, lower, upper))
 
 
 def _obstacle() -> str:

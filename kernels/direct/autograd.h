@@ -33,31 +33,28 @@ Gradients by_dispatcher(
                  need.weight, stride);
 }
 
-// `kept`: the bits, or the input; `strides`: those of the output, whose memory the bits follow.
-Gradients backward(
+// `kept`: the bits, or the input; `strides`: those of the output, whose memory the bits follow. None: Python's to do.
+std::optional<Gradients> backward_here(
     Tensor grad, const Tensor &kept, const Tensor &bias, const Tensor &weight, const Tensor &seed, const Rule &rule,
-    const Need &need, at::IntArrayRef strides) {
+    const Need &need, at::IntArrayRef strides, bool in_place = false) {
+  if (!nobody_listens()) return {};
   const bool is_bits = kept.scalar_type() == at::kByte;
   const bool fit =
       is_bits ? kept.dim() == 1 && kept.numel() == (grad.numel() + 7) / 8 && kept.is_contiguous() && !rule.learned()
               : kept.scalar_type() == grad.scalar_type() && kept.sizes() == grad.sizes() && kept.strides() == strides;
-  std::optional<Ready> found;
-  if (fit && plain(kept) && kept.device() == grad.device() && plain(grad) && !at::GradMode::is_enabled() &&
-      nobody_listens()) {
-    if (grad.strides() != strides)  // an expanded one, say
-      grad = at::empty_strided(grad.sizes(), strides, grad.options()).copy_(grad);
-    found = call_on(grad, bias, weight, rule);
-  }
-  if (found) {
-    found->grad = grad.const_data_ptr();
-    if (is_bits) found->bits = (uint8_t *)kept.const_data_ptr();
-    else found->value = kept.const_data_ptr();
-  }
-  if (!found || !add_seed(*found, grad, rule, seed) || (grad.is_cuda() && ask([](auto) { return hooked(); })) ||
-      !prepare(*found, grad, rule, need, is_bits))
-    return by_dispatcher(grad, kept, bias, weight, seed, rule, need, strides);
+  if (!fit || !plain(kept) || kept.device() != grad.device() || !plain(grad)) return {};
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (grad.strides() != strides)  // an expanded one, say
+    grad = at::empty_strided(grad.sizes(), strides, grad.options()).copy_(grad);
+  auto found = call_on(grad, bias, weight, rule);
+  if (!found) return {};
   Ready &c = *found;
-  Gradients to{new_tensor(grad, grad.sizes(), grad.strides(), grad.scalar_type()), {}, {}};
+  c.grad = grad.const_data_ptr();
+  if (is_bits) c.bits = (uint8_t *)kept.const_data_ptr();
+  else c.value = kept.const_data_ptr();
+  if (in_place) c.out = grad.mutable_data_ptr();
+  if (!add_seed(c, grad, rule, seed) || !prepare(c, grad, rule, need, is_bits)) return {};
+  Gradients to{in_place ? grad : new_tensor(grad, grad.sizes(), grad.strides(), grad.scalar_type()), {}, {}};
   auto &[grad_input, grad_bias, grad_weight] = to;
   if (need.bias) {
     grad_bias = new_vector(grad, channels_of(grad), *need.bias);
@@ -66,7 +63,16 @@ Gradients backward(
   if (need.weight) grad_weight = at::empty_like(weight), c.weight_sum = grad_weight.mutable_data_ptr();
   c.out = grad_input.mutable_data_ptr();
   execute(c, grad, grad_weight);
+  if (in_place) grad.unsafeGetTensorImpl()->bump_version();
   return to;
+}
+
+Gradients backward(
+    const Tensor &grad, const Tensor &kept, const Tensor &bias, const Tensor &weight, const Tensor &seed,
+    const Rule &rule, const Need &need, at::IntArrayRef strides) {
+  if (!at::GradMode::is_enabled() && !(grad.is_cuda() && ask([](auto) { return hooked(); })))
+    if (auto found = backward_here(grad, kept, bias, weight, seed, rule, need, strides)) return *found;
+  return by_dispatcher(grad, kept, bias, weight, seed, rule, need, strides);
 }
 
 // Gradients as they are, joined to `anchor`, whose gradient is zeros.

@@ -6,7 +6,7 @@
 //
 // Built by cpu/build.py against torch's and Python's headers; where that fails, Python serves, more slowly for small
 // tensors.
-#include "layers.h"
+#include "ops.h"
 
 namespace {
 
@@ -151,6 +151,16 @@ PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context)
 }
 
 void fused_rect_direct_cpu(int (*entry)(const Call *)) { kernel = entry; }
+
+// The ops of CPU tensors, or of CUDA tensors, at the dispatcher; the names are objects that live as long as the process.
+void fused_rect_direct_ops(
+    int is_cuda, const char *key, PyObject *numbers, PyObject *chosen, PyObject *any, PyObject *native,
+    PyObject *triton) {
+  if (!choice)
+    numbers_of = Py_NewRef(numbers),
+    choice = new Choice{key, Py_NewRef(chosen), Py_NewRef(any), Py_NewRef(native), Py_NewRef(triton)};
+  register_ops(is_cuda ? c10::DispatchKey::AutogradCUDA : c10::DispatchKey::AutogradCPU);
+}
 
 // How many plans are kept.
 void fused_rect_direct_keep(size_t most) { cuda::Known::all().most = most; }

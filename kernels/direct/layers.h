@@ -4,9 +4,10 @@
 
 namespace {
 
+// `bits`: where they are wanted beside the output, of a call that is not recorded.
 std::optional<Tensor> run(
     const Tensor &input, const Tensor &bias, const Tensor &weight, Tensor seed, const Rule &rule, bool bias_added,
-    bool in_place) {
+    bool in_place, Tensor *bits = nullptr) {
   if (!nobody_listens()) return {};
   auto call = call_on(input, bias, weight, rule);
   if (!call || (in_place && (overlap(bias, input) || overlap(weight, input)))) return {};
@@ -23,12 +24,13 @@ std::optional<Tensor> run(
   // A new seed lies as aligned as this does.
   if (draw) call->seed = (const int64_t *)64;
   else if (!add_seed(*call, input, rule, seed)) return {};
-  if (!prepare(*call, input, rule, {}, recorded && !rule.learned())) return {};
+  if (!prepare(*call, input, rule, {}, bits || (recorded && !rule.learned()))) return {};
   if (draw) seed = new_seed(input), call->seed = seed.const_data_ptr<int64_t>();
 
   if (recorded) return record(input, bias, weight, seed, *call, rule, in_place);
   const Tensor out = in_place ? input : new_tensor(input, input.sizes(), input.strides(), input.scalar_type());
-  forward(*call, input, out, {});
+  if (bits) *bits = new_vector(input, (call->n + 7) / 8, at::kByte);
+  forward(*call, input, out, bits ? *bits : Tensor());
   if (in_place && !input.is_inference()) input.unsafeGetTensorImpl()->bump_version();
   return out;
 }

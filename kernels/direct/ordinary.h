@@ -81,7 +81,8 @@ bool under_autocast(const Tensor &t) {
 }
 
 // A dense tensor's keys and no others: not fake, functional, batched, negated, quantized, nested, sparse, of a subclass
-// or of another kind of device; and no tangent of forward-mode AD.
+// or of another kind of device; and no tangent of forward-mode AD. Asked where nobody listens: a mode would make another
+// tensor of the one that is made here.
 template <c10::DeviceType TYPE> bool has_usual_keys(const Tensor &t) {
   constexpr auto autograd_key =
       TYPE == at::kCUDA ? c10::DispatchKey::AutogradCUDA : c10::DispatchKey::AutogradCPU;

@@ -11,6 +11,7 @@ from torch import nn
 
 import fused_rect
 from fused_rect import compile as fused_compile
+from fused_rect.compile import placement
 
 ALL = {"fused_rect.sites": "all"}
 RECTIFIERS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "prelu": nn.PReLU, "rrelu": nn.RReLU}
@@ -164,7 +165,7 @@ def test_every_spelling_is_fused(spelling):
     report = fused_compile.explain(function, x, options=ALL)
     assert [site.fused for site in report] == [True], str(report)
     run = torch.compile(
-        function, backend=lambda gm, _: (fused_compile.rewrite_graph_module(gm, fused_compile.ALL), gm.forward)[1]
+        function, backend=lambda gm, _: (fused_compile.rewrite_graph_module(gm, fused_compile.ALL, {}), gm.forward)[1]
     )
     torch.testing.assert_close(run(x), function(x))
 
@@ -245,6 +246,46 @@ def test_sites_that_inductor_runs_as_fast_are_left_to_it(monkeypatch):
     assert "no native CPU path" in sites(nn.RReLU()).reason
     monkeypatch.setattr(fused_rect.backends, "name", lambda device: "native")
     assert sites(nn.RReLU()).fused
+
+
+def test_small_outputs_are_inductors_on_cpus(monkeypatch):
+    least = 2**11
+    monkeypatch.setattr(placement, "MIN_ELEMENTS", least)
+
+    def site(rectifier, width, **options):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), rectifier)
+        return fused_compile.explain(model, torch.randn(1, 3, 16, width), options=options)[0]
+
+    assert site(nn.LeakyReLU(), 32).fused
+    assert f"fewer than {least} elements" in site(nn.LeakyReLU(), 31).reason
+    assert site(nn.LeakyReLU(), 31, **ALL).fused and site(nn.RReLU(), 31).fused  # whose slopes are eager's
+    assert str(least) in fused_compile.inductor_pass.uuid()  # a cached graph is that of another number
+
+    def traced(gm, _):
+        assert all(site.fused for site in fused_compile.rewrite_graph_module(gm, fused_compile.How(), {}))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU()), backend=traced, dynamic=True)(
+        torch.ones(1, 3, 2, 2)
+    )
+
+
+def test_a_relu_whose_output_a_convolution_keeps_is_inductors_on_cpus():
+    inner, last = fused_compile.explain(layers(nn.ReLU), torch.randn(1, 16, 6, 6))
+    assert not inner.fused and "ReLU is as fast" in inner.reason
+    assert last.fused
+    assert all(site.fused for site in fused_compile.explain(layers(nn.LeakyReLU), torch.randn(1, 16, 6, 6)))
+
+
+@pytest.mark.parametrize(("count", "copies"), [(3, 0), (4, 2)])
+def test_convolutions_on_cpus_are_channels_last_where_there_are_many(count, copies):
+    """Each site in the layout that its convolution has, the last one's too: Inductor copies in and out, and no more."""
+    model = nn.Sequential(*(m for _ in range(count) for m in (nn.Conv2d(16, 16, 1), nn.LeakyReLU(0.2))))
+    run, x = compiled(model), torch.randn(2, 16, 12, 12, requires_grad=True)
+    forward = generated(lambda: run(x))[0]
+    assert len(kernels(forward)) == copies and forward.count("fused_rect.rectify_bits_.default(") >= count
+    torch.testing.assert_close(gradients(run, x, model.parameters()), gradients(model, x, model.parameters()))
 
 
 def test_every_rectifier_trains_with_the_sites_chosen_for_it():
@@ -371,12 +412,15 @@ def test_checkpointed_regions_are_rewritten():
     torch.testing.assert_close(grad, (y / block[0](x)).sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
 
 
-def test_double_backward_says_what_it_cannot_do_and_eager_does_it():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU())
+@pytest.mark.parametrize("view", [False, True])
+def test_double_backward_says_what_it_cannot_do_and_eager_does_it(view):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU(), nn.Flatten() if view else nn.Identity())
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(compiled(model, options=ALL)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fused_rect\.fuse\(model\) keeps the fused ops"):
-        grad.sum().backward()
+    run = compiled(model, options=ALL)
+    for _ in range(3):  # of each call's graph
+        (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"fused_rect\.fuse\(model\) keeps the fused ops"):
+            grad.sum().backward()
     layer = fused_rect.fuse(copy.deepcopy(model).eval())
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     grad.sum().backward()

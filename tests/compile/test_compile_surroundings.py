@@ -17,7 +17,7 @@ HOWS = {"auto": fused_compile.How(), "all": fused_compile.ALL}
 
 def rewritten(how):
     """A backend of the rewrite alone: the graph as AOTAutograd splits it, without Inductor's minutes of C++."""
-    return lambda gm, inputs: (fused_compile.rewrite_graph_module(gm, how), aot_eager(gm, inputs))[1]
+    return lambda gm, inputs: (fused_compile.rewrite_graph_module(gm, how, {}), aot_eager(gm, inputs))[1]
 
 
 @pytest.fixture(autouse=True)
@@ -322,7 +322,7 @@ def test_one_draw_for_all_seeds_of_a_graph_and_others_each_call():
     graphs = []
 
     def record(gm, inputs):
-        fused_compile.rewrite_graph_module(gm, fused_compile.ALL)
+        fused_compile.rewrite_graph_module(gm, fused_compile.ALL, {})
         graphs.append(gm)
         return gm.forward
 

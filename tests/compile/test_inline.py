@@ -128,7 +128,7 @@ def test_every_place_computes_what_eager_does(rectifier, place, monkeypatch):
     monkeypatch.setattr(rewriting, "_choose", lambda *_: Choice(place, "asked for"))
 
     def rewritten(gm, inputs):
-        assert {site.place for site in fused_compile.rewrite_graph_module(gm, fused_compile.ALL)} == {place}
+        assert {site.place for site in fused_compile.rewrite_graph_module(gm, fused_compile.ALL, {})} == {place}
         return aot_eager(gm, inputs)
 
     for dynamic in (False, True):
