@@ -603,7 +603,7 @@ MUTANTS = [
         "except KeyError as error:  #",
     ),
     Mutant(BUILD, "named before it is on the disk", "            _on_disk(out)\n", ""),
-    Mutant(BACKENDS, "forced for ever", "internals.stash_in_thread(_OWN, previous)", "pass"),
+    Mutant(BACKENDS, "forced for ever", "internals.stash_in_thread(OWN, previous)", "pass"),
     Mutant(CHECKPOINT, "an unverified checkpoint", "if zlib.crc32(contents) != crc:", "if False:"),
     Mutant(CHECKPOINT, "an unverified result", 'if value.pop("crc32") == _crc(value):', 'if value.pop("crc32"):'),
     Mutant(CHECKPOINT, "another run's checkpoint", "    if found != identity:", "    if not identity:"),

@@ -38,7 +38,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _chosen = _checked(os.environ.get("FUSED_RECT_BACKEND") or "auto", "FUSED_RECT_BACKEND")  # the whole process's
-_OWN = "fused_rect_backend"  # a thread's own choice, in torch's thread-local state
+OWN = "fused_rect_backend"  # a thread's own choice, in torch's thread-local state
 
 
 @contextmanager
@@ -55,15 +55,15 @@ def backend(name: str) -> Iterator[None]:
     """
     name = _checked(name, "backend name")
     previous = _wanted()
-    internals.stash_in_thread(_OWN, name)
+    internals.stash_in_thread(OWN, name)
     try:
         yield
     finally:
-        internals.stash_in_thread(_OWN, previous)
+        internals.stash_in_thread(OWN, previous)
 
 
 def _wanted() -> str:
-    return internals.get_in_thread(_OWN) if internals.is_in_thread(_OWN) else _chosen
+    return internals.get_in_thread(OWN) if internals.is_in_thread(OWN) else _chosen
 
 
 def name(device: torch.device | str) -> str:
@@ -89,8 +89,17 @@ def direct(like: Tensor) -> Any:
     """
     if is_compiling() or not (like.is_cpu or like.is_cuda):
         return None
-    wanted = internals.get_in_thread(_OWN) if internals.is_in_thread(_OWN) else _chosen
+    wanted = internals.get_in_thread(OWN) if internals.is_in_thread(OWN) else _chosen
     return _direct(wanted, like.is_cuda)
+
+
+def prepare(device: torch.device) -> None:
+    """Have the ops on tensors of ``device`` called without Python from now on, where they can be: compiled graphs do.
+
+    Raises RuntimeError where a forced implementation is not there.
+    """
+    if device.type in _DIRECT:
+        _direct(_wanted(), device.type == "cuda")
 
 
 def calls(device_type: str) -> str:
@@ -115,7 +124,7 @@ def _direct(wanted: str, on_gpu: bool) -> Any:
     calls = direct.calls(device_type)
     if calls is not None:
         auto, triton, native, _ = NAMES
-        direct.register_ops(device_type, _OWN, _chosen, auto, native, triton)
+        direct.register_ops(device_type, OWN, _chosen, auto, native, triton)
     return calls
 
 

@@ -100,7 +100,7 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
     for found, choice in chosen:
         sites.append(_site(found, choice))
         if choice.place != INDUCTOR:
-            backends.direct(_value(found.node))  # from whose first call on the ops are C++'s
+            backends.prepare(_value(found.node).device)
             _replace(graph, found, choice.place, seeds, last)
     return sites
 

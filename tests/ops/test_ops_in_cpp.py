@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {backends.calls(DEVICE)}"),
 ]
 
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="once is enough")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAKY, RRELU = leaky_relu(0.1), Rule.default("rrelu")
 BITS = [rule for rule in RULES.values() if not rule.keeps_input]
@@ -184,7 +186,22 @@ def test_derivatives_are_python_s(in_python):
     assert not in_python
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="once is enough")
+@on_cpu
+def test_a_process_that_compiles_first_is_without_python_too():
+    code = """
+import torch
+from torch import nn
+model = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU()), backend="fused_rect")
+x = torch.randn(1, 3, 32, 32)
+model(x).sum().backward()
+from fused_rect.ops import autograd
+autograd._no_derivative_wanted = None
+model(x).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "FUSED_RECT_BACKEND": ""})
+
+
+@on_cpu
 def test_a_process_may_trace_before_it_runs_anything():
     """What tensors usually are must not be learnt from those of a mode."""
     code = """
