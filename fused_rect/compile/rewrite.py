@@ -101,7 +101,9 @@ def rewrite(graph: fx.Graph, how: How, channels_last: bool = False) -> list[Site
         sites.append(_site(found, choice))
         if choice.place != INDUCTOR:
             backends.prepare(_value(found.node).device)
-            _replace(graph, found, choice.place, seeds, last)
+            # What the graph returns is copied to eager's layout before it is rectified in place.
+            returned = any(user.op == "output" for user in found.node.users)
+            _replace(graph, found, choice.place, seeds, last and not returned)
     return sites
 
 
@@ -147,8 +149,8 @@ def _on_cpu(found: Found) -> Choice:
     """By traffic, but where the clock says otherwise."""
     if found.rectifier == "prelu":
         return Choice(INDUCTOR, "on the CPU Inductor's PReLU is as fast")
-    if found.rectifier == "relu" and any(user.target in MAPS for user in found.node.users):
-        return Choice(INDUCTOR, "on the CPU Inductor's ReLU is as fast where a convolution keeps its output")
+    if found.rectifier == "relu" and any(user.op != "output" for user in found.node.users):
+        return Choice(INDUCTOR, "on the CPU Inductor's ReLU is as fast where its output is kept anyway")
     elements = _value(found.node).numel()
     if isinstance(elements, int) and elements < placement.MIN_ELEMENTS:
         return Choice(INDUCTOR, f"it has fewer than {placement.MIN_ELEMENTS} elements")

@@ -257,10 +257,11 @@ def test_zeros_of_both_signs_are_bounds_of_their_own():
         assert torch.equal(torch.signbit(y), torch.signbit(x * slope))
 
 
+@pytest.mark.parametrize("count", [2, 4])  # from four on, convolutions on a CPU are channels_last
 @pytest.mark.parametrize("rectifier", [nn.LeakyReLU(0.2), nn.RReLU()], ids=lambda m: type(m).__name__)
-def test_a_compiled_step_is_without_python(rectifier, in_python):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), rectifier, nn.Conv2d(4, 4, 1), rectifier).to(DEVICE)
-    x = torch.randn(2, 3, 9, 9, device=DEVICE)
+def test_a_compiled_step_is_without_python(rectifier, count, in_python):
+    model = nn.Sequential(*(m for _ in range(count) for m in (nn.Conv2d(4, 4, 3), rectifier))).to(DEVICE)
+    x = torch.randn(2, 4, 11, 11, device=DEVICE)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="fused_rect")
     compiled(x).sum().backward()
