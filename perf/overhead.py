@@ -115,10 +115,10 @@ def _in_python(step: Step, device: str) -> Step:
     def run() -> None:
         direct, backends.direct = backends.direct, lambda like: None
         try:
-            internals.stash_in_thread(backends.OWN, name)
-            step()
+            with fr.backend(name):
+                internals.stash_in_thread(backends.OWN, name)
+                step()
         finally:
-            internals.stash_in_thread(backends.OWN, backends.NAMES[0])
             backends.direct = direct
 
     return run

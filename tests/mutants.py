@@ -458,12 +458,7 @@ MUTANTS = [
         IN_CPP, "one zero for both", "return std::bit_cast<int64_t>(number); };", "return (int64_t)(number * 1e9); };"
     ),
     Mutant(IN_CPP, "a seed of its own", "if (draws(rule, seed) || ", "if ("),
-    Mutant(
-        IN_CPP,
-        "modes are asked last",
-        "if (!nobody_listens() || !(input.is_cpu()",
-        "if (!plain(input) || !(input.is_cpu()",
-    ),
+    Mutant(NODE, "modes are not asked in backward", "  if (!nobody_listens()) return {};\n", ""),
     Mutant(
         LAYERS,
         "bits of no memory of theirs",

@@ -15,7 +15,8 @@ using Given = c10::ArrayRef<c10::IValue>;
 
 PyObject *numbers_of = nullptr;  // rules.py's numbers, of a rule's name and bounds
 
-// backends/__init__.py's choice of an implementation: a thread's own, else the process's. Names are compared as objects.
+// backends/__init__.py's choice of an implementation: a thread's own, else the process's. Names are compared as
+// objects.
 struct Choice {
   std::string key;
   PyObject *chosen, *any, *native, *triton;
@@ -53,7 +54,7 @@ bool layout_at(Given given, size_t place, const Tensor &like, at::DimVector &str
 
 // Where C++ serves calls on such tensors, and the call is not one for autograd.
 bool is_ours(const Tensor &input, const variable_list &differentiable) {
-  if (!nobody_listens() || !(input.is_cpu() || input.is_cuda()) || !choice->is(input.is_cuda())) return false;
+  if (!(input.is_cpu() || input.is_cuda()) || !choice->is(input.is_cuda())) return false;
   if (at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(differentiable)) return false;
   return !input.is_cuda() || (host && !ask([](auto) { return hooked(); }));
 }
@@ -111,8 +112,8 @@ void op_of(const c10::OperatorHandle &op, c10::DispatchKeySet keys, Stack *stack
     torch::jit::drop(*stack, count);
     for (auto &result : results) stack->push_back(std::move(result));
   } else {
-    const auto others = HAS_AUTOGRAD ? c10::DispatchKeySet(c10::DispatchKey::AutogradOther) : keys & c10::after_autograd_keyset;
-    op.redispatchBoxed(others, stack);
+    const auto below = keys & c10::after_autograd_keyset;
+    op.redispatchBoxed(HAS_AUTOGRAD ? c10::DispatchKeySet(c10::DispatchKey::AutogradOther) : below, stack);
   }
 }
 

@@ -3,7 +3,6 @@
 For CPU tensors or, where Triton alone is tested and there is a GPU, CUDA tensors.
 """
 
-import os
 import subprocess
 import sys
 
@@ -11,26 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_cpp import BACKEND, DEVICE, DIRECT, MARKS, on_cpu, on_gpu
 from rectifying import RULES
 from torch import nn
 from torch.nn.utils import prune
 
 import fused_rect as fr
 from fused_rect import backends, ops
-from fused_rect.kernels import cpu, direct
+from fused_rect.kernels import direct
 from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu, numbers
 
-BACKEND = "triton" if os.environ.get("FUSED_RECT_BACKEND") == "triton" else "native"
-DEVICE = "cuda" if BACKEND == "triton" else "cpu"
-THERE = torch.cuda.is_available() if DEVICE == "cuda" else cpu.available()
-with fr.backend(BACKEND if DEVICE == "cuda" else "auto"):
-    DIRECT = backends.direct(torch.empty(0, device=DEVICE)) if THERE else None
-pytestmark = [
-    pytest.mark.ptx,
-    pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {direct.why(DEVICE)}"),
-]
-on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="once is enough")
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or a machine that stands in for one")
+pytestmark = MARKS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAKY, RRELU = leaky_relu(0.1), Rule.default("rrelu")

@@ -8,28 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_cpp import BACKEND, DEVICE, MARKS, on_cpu
 from rectifying import RULES
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fused_rect as fr
-from fused_rect import backends, ops
+from fused_rect import ops
 from fused_rect.compile.in_place import rectify_backward_
-from fused_rect.kernels import cpu
 from fused_rect.ops import autograd
 from fused_rect.rules import PRELU, Rule, leaky_relu
 
-BACKEND = "triton" if os.environ.get("FUSED_RECT_BACKEND") == "triton" else "native"
-DEVICE = "cuda" if BACKEND == "triton" else "cpu"
-THERE = torch.cuda.is_available() if DEVICE == "cuda" else cpu.available()
-with fr.backend(BACKEND if DEVICE == "cuda" else "auto"):
-    DIRECT = backends.direct(torch.empty(0, device=DEVICE)) if THERE else None
-pytestmark = [
-    pytest.mark.ptx,
-    pytest.mark.skipif(DIRECT is None, reason="" if DIRECT else f"not there: {backends.calls(DEVICE)}"),
-]
-
-on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="once is enough")
+pytestmark = MARKS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAKY, RRELU = leaky_relu(0.1), Rule.default("rrelu")
@@ -66,9 +56,8 @@ def tensors_of(rule, shape, dtype, last=False, wide=False, has_bias=True):
 
 def both(op, *args):
     """Results and arguments of the op and of Python's kernel for it, as two lists of tensors."""
-    kernel = ops.KERNELS[op][0] if op in ops.KERNELS else None
     found = []
-    for function in (op, kernel):
+    for function in (op, ops.KERNELS[op][0]):
         given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         out = function(*given)
         out = () if out is None else out if isinstance(out, tuple) else (out,)
