@@ -65,7 +65,7 @@ FOCUSED = {
     NATIVE: ["tests/kernels/cpu/test_native.py"],
     **{file: ["tests/ops/test_direct.py", *ON_GPU] for file in (DIRECT, ORDINARY, LAUNCHES, NODE, LAYERS)},
     **dict.fromkeys((CUDA, HOST, BINDING), ON_GPU),
-    IN_CPP: ["tests/ops/test_ops_in_cpp.py"],
+    IN_CPP: ["tests/ops/test_ops_in_cpp.py", "tests/compile/test_compile.py"],
     EAGER: ["tests/kernels/test_kernels.py"],
     DECOMPOSE: ["tests/ops/test_integrations.py"],
     SHARDING: ["tests/ops/test_distributed.py"],
@@ -458,6 +458,7 @@ MUTANTS = [
         IN_CPP, "one zero for both", "return std::bit_cast<int64_t>(number); };", "return (int64_t)(number * 1e9); };"
     ),
     Mutant(IN_CPP, "a seed of its own", "if (draws(rule, seed) || ", "if ("),
+    Mutant(IN_CPP, "symbols read as numbers", "if (!nobody_listens() || !(input.is_cpu()", "if (!(input.is_cpu()"),
     Mutant(NODE, "modes are not asked in backward", "  if (!nobody_listens()) return {};\n", ""),
     Mutant(
         LAYERS,

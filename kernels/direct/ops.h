@@ -52,9 +52,10 @@ bool layout_at(Given given, size_t place, const Tensor &like, at::DimVector &str
   return (int64_t)strides.size() == like.dim();
 }
 
-// Where C++ serves calls on such tensors, and the call is not one for autograd.
+// Where C++ serves calls on such tensors, and the call is not one for autograd. Who listens is asked before anything is
+// read of a tensor: while a compiler traces, sizes and strides may be symbols, which would become numbers by it.
 bool is_ours(const Tensor &input, const variable_list &differentiable) {
-  if (!(input.is_cpu() || input.is_cuda()) || !choice->is(input.is_cuda())) return false;
+  if (!nobody_listens() || !(input.is_cpu() || input.is_cuda()) || !choice->is(input.is_cuda())) return false;
   if (at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(differentiable)) return false;
   return !input.is_cuda() || (host && !ask([](auto) { return hooked(); }));
 }
