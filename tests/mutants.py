@@ -420,9 +420,9 @@ MUTANTS = [
     Mutant(NATIVE, "the first strip's parameters", "if (strip != at) {", "if (at < 0) {"),
     Mutant(
         NATIVE,
-        "halves of a vector exchanged",
-        "store(to, low), store((char *)to + 32, high)",
-        "store(to, high), store((char *)to + 32, low)",
+        "a vector left out of the sums",
+        "half; half /= 2)",
+        "half > 1; half /= 2)",
     ),
     # ---- the ops in C++
     Mutant(ORDINARY, "modes and transforms overlooked", "return (local.included_ - usual).empty() &&", "return"),

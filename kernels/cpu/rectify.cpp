@@ -51,34 +51,18 @@ template <class V> V load(const void *from) {
 }
 template <class V> void store(void *to, V v) { std::memcpy(to, &v, sizeof v); }
 
-// The same by 32 bytes at a time: from beyond the caches, Zen 4 moves 64 bytes at once 6 to 13 % slower.
-#if VECTOR_BYTES == 64
-template <class V> V load_halves(const void *from) {
-  __m256i low = load<__m256i>(from), high = load<__m256i>((const char *)from + 32);
-  asm("" : "+x"(low), "+x"(high));  // or the compiler joins them
-  return (V)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-template <class V> void store_halves(void *to, V v) {
-  __m256i low = _mm512_castsi512_si256((__m512i)v), high = _mm512_extracti64x4_epi64((__m512i)v, 1);
-  asm("" : "+x"(low), "+x"(high));
-  store(to, low), store((char *)to + 32, high);
-}
-#else
-template <class V> V load_halves(const void *from) { return load<V>(from); }
-template <class V> void store_halves(void *to, V v) { store(to, v); }
-#endif
-
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-// What element type T computes in (A), how many lanes a vector of it has, and how it is read and written.
+// What element type T computes in (A), how many lanes a vector of it has, and how it is read and written. Of 32 bytes at
+// most: from beyond the caches, Zen 4 moves 64 bytes at once 6 to 13 % slower, and 3 to 5 % where two halves are joined.
 template <class T> struct Element {
   using A = T;
-  static constexpr int lanes = VECTOR_BYTES / sizeof(A);
+  static constexpr int lanes = std::min(VECTOR_BYTES, 32) / sizeof(A);
   using V = vec<A, lanes>;
-  static V read(const T *p) { return load_halves<V>(p); }
-  static void write(T *p, V v) { store_halves(p, v); }
-  static void write_exact(T *p, V v) { store_halves(p, v); }  // of a value that T holds
+  static V read(const T *p) { return load<V>(p); }
+  static void write(T *p, V v) { store(p, v); }
+  static void write_exact(T *p, V v) { store(p, v); }  // of a value that T holds
 };
 
 struct Short {
@@ -141,32 +125,7 @@ template <> struct Element<fp16> : Short {
 // ---------------------------------------------------------------- sides: one bit a lane
 
 // Which lanes of a vector are on the negative side, as a mask that chooses between vectors and as bits of a word.
-#if VECTOR_BYTES == 64
-template <class A> struct Side;
-template <> struct Side<float> {
-  using M = __mmask16;
-  using V = vec<float, 16>;
-  static M at_most_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
-  static M not_above_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NGT_UQ); }
-  static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
-  // z itself where it is NaN or a zero of either sign
-  static V positive_part(V z) { return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }
-  static uint64_t bits(M m) { return m; }
-  static M of(uint64_t bits) { return (M)bits; }
-};
-template <> struct Side<double> {
-  using M = __mmask8;
-  using V = vec<double, 8>;
-  static M at_most_zero(V z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_LE_OQ); }
-  static M not_above_zero(V z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_NGT_UQ); }
-  static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_pd(m, (__m512d)b, (__m512d)a); }
-  static V positive_part(V z) { return (V)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)z); }
-  static uint64_t bits(M m) { return m; }
-  static M of(uint64_t bits) { return (M)bits; }
-};
-#else
-template <class A> struct Side {
-  static constexpr int W = VECTOR_BYTES / sizeof(A);
+template <class A, int W> struct Side {
   using V = vec<A, W>;
   using M = decltype(V{} < V{});
   static M at_most_zero(V z) { return z <= 0; }
@@ -174,7 +133,7 @@ template <class A> struct Side {
   static V choose(M m, V a, V b) { return m ? a : b; }
   static V positive_part(V z) { return z < 0 ? V{} : z; }
   static uint64_t bits(M m) {
-#if VECTOR_BYTES == 32
+#if VECTOR_BYTES >= 32
     return sizeof(A) == 4 ? _mm256_movemask_ps((__m256)m) : _mm256_movemask_pd((__m256d)m);
 #elif defined(__SSE2__)
     return sizeof(A) == 4 ? _mm_movemask_ps((__m128)m) : _mm_movemask_pd((__m128d)m);
@@ -189,6 +148,18 @@ template <class A> struct Side {
     for (int i = 0; i < W; i++) lane[i] = 1 << i;
     return ((M{} + (decltype(lane[0] + 0))(bits & ((1 << W) - 1))) & lane) != 0;
   }
+};
+#if VECTOR_BYTES == 64
+template <> struct Side<float, 16> {
+  using M = __mmask16;
+  using V = vec<float, 16>;
+  static M at_most_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_LE_OQ); }
+  static M not_above_zero(V z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NGT_UQ); }
+  static V choose(M m, V a, V b) { return (V)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
+  // z itself where it is NaN or a zero of either sign
+  static V positive_part(V z) { return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }
+  static uint64_t bits(M m) { return m; }
+  static M of(uint64_t bits) { return (M)bits; }
 };
 #endif
 
@@ -350,17 +321,20 @@ enum Pass { forward, marking, scaling, backward };
 
 // Adds to sums of vectors, whose lanes are float64: a constant's sum keeps its digits however short a vector is.
 template <class V> void widen(V v, double *sum) {
-  using D = vec<double, VECTOR_BYTES / 8>;
+  using D = vec<double, sizeof(V) / 8>;
   if constexpr (sizeof(v[0]) == 8) {
     store(sum, load<D>(sum) + v);
-  } else {
 #if VECTOR_BYTES == 64
+  } else if constexpr (sizeof v == 64) {
     store(sum, load<D>(sum) + _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)));
     store(sum + 8, load<D>(sum + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)));
-#elif VECTOR_BYTES == 32
+#endif
+#if VECTOR_BYTES >= 32
+  } else {
     store(sum, load<D>(sum) + _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)));
     store(sum + 4, load<D>(sum + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)));
 #else
+  } else {
     for (int i = 0; i < 4; i++) sum[i] += v[i];
 #endif
   }
@@ -378,10 +352,11 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   using E = Element<T>;
   using A = typename E::A;
   using V = typename E::V;
-  using Sides = Side<A>;
+  using Sides = Side<A, E::lanes>;
   using M = typename Sides::M;
   using Total = std::conditional_t<ROWS, A, double>;
   static constexpr int W = E::lanes;
+  static constexpr int N = P == backward && !ROWS && W <= 8 ? 8 : 4;  // vectors at a time; their sum is widened once
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
   const A *bias, *slope, *scale;   // ROWS: of the columns; else one number each, but for random slopes
@@ -424,13 +399,13 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   template <int N> [[gnu::always_inline]] void vectors(const Memory<T> &at, int64_t i, int64_t column) const {
     uint64_t &word = at.words[i / 64], sides = from_value ? 0 : word >> i % 64;
     V x[N], g[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       x[n] = from_value ? E::read(at.value + i + n * W) : V{};
       g[n] = P == backward ? E::read(at.grad + i + n * W) : V{};
     }
     Terms t[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       const int64_t j = i + n * W, k = column + n * W;
       M m = from_value ? M{} : Sides::of(sides >> n * W);
@@ -440,9 +415,9 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     }
     if (P == marking) word = i % 64 ? word | sides << i % 64 : sides;
     if (P != backward || ROWS) return;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int half = N / 2; half; half /= 2)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int n = 0; n < half; n++) t[n].bias += t[n + half].bias, t[n].weight += t[n + half].weight;
     add(t[0], 0);
   }
@@ -476,7 +451,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     segment.one = {*bias - V{}, *slope - V{}, P == scaling ? *scale - V{} : V{}};
     int64_t i = 0, column = 0;
     for (; i + 64 <= at.count; i += 64) {
-      for (int k = 0; k < 64; k += 4 * W) segment.template vectors<4>(at, i + k, column + k);
+      for (int k = 0; k < 64; k += N * W) segment.template vectors<N>(at, i + k, column + k);
       column = ROWS && column + 64 == columns ? 0 : column + 64;
     }
     for (; i + W <= at.count; i += W, column += W) segment.template vectors<1>(at, i, column);
@@ -786,7 +761,7 @@ template <class T, Slope S> void dispatch(const Call &c) {
   if (c.grad) return dispatch<T, S, backward>(c);
   if constexpr (S != drawn)
     if (c.var) return dispatch<T, S, scaling>(Folded<typename Element<T>::A>(c));
-  if constexpr (S == zero)  // the only one whose value takes no comparison
+  if constexpr (S != drawn)  // whose time is its slopes'
     if (!c.bits) return dispatch<T, S, forward>(c);
   dispatch<T, S, marking>(c);
 }
