@@ -15,7 +15,7 @@ How a parameter is looked up:
     "split"    twice a vector, which holds at most two channels
     "element"  for each element
     "plane"    twice a program: one row in planes wider than the tile, at most two channels; a vector belongs to one
-    "seam"     the same, but one vector may belong to both: the programs that have one choose element by element
+    "seam"     the same, but one vector may belong to both: a step that has it chooses element by element
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ THREADS = 128
 ACCESS = 16  # bytes
 VECTOR = 8  # elements
 # Steps of a tile, twice as many where there are rows enough: 4 loads of 16 bytes keep 64 KB in flight at 1024 threads
-# an SM, above the 38 KB that B200 needs; 8 share the look-up and the partial sums among more elements.
+# an SM, above the 38 KB that B200 needs; 8 share the look-up and the partial sums among more elements, 2 fit planes of
+# 2,048 elements, in so few registers that 1,536 threads have 48 KB in flight.
 STEPS = 4
 # Rows are widened up to this often where that wastes fewer lanes.
 MOST_COPIES = 64
 # Tiles of 8 steps in place of 4 only where so many programs remain: about four a multiprocessor.
 ENOUGH_PROGRAMS = 512
-# Instructions of one column's look-up (bfloat16, sm_90), and of choosing element by element, a step.
+# Instructions of one column's look-up (bfloat16, sm_90), of a step that chooses element by element, and of adding one
+# partial sum at last.
 LOOKUP_COST = {"one": 4, "plane": 4, "seam": 6, "vector": 30, "split": 60, "element": 200}
-SEAM_COST = 20
+SEAM_COST = 40
+PARTIAL_COST = 23
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,10 @@ def _flat(size: int, channels: int, inner: int, lanes: int) -> list[Plan]:
         lookup = in_wide_planes if wide else _lookup(channels, inner)
         return Plan(size, channels, inner, lanes, row, copies, 1, 1, steps, 1, across, lookup)
 
-    usual, larger = tile(STEPS), tile(2 * STEPS)
+    larger = tile(2 * STEPS)
     # Eight vectors' own look-ups would cost ptxas its registers.
-    return [usual, *_enough([larger] if larger.lookup in ("one", in_wide_planes) else [])]
+    few = [tile(steps) for steps in range(2, STEPS + 1)]
+    return [*few, *_enough([larger] if larger.lookup in ("one", in_wide_planes) else [])]
 
 
 def _rows(size: int, channels: int, inner: int, lanes: int, copies: int) -> list[Plan]:
@@ -202,7 +206,7 @@ def _rows(size: int, channels: int, inner: int, lanes: int, copies: int) -> list
 
     if lookup == "element":
         # Many channels a vector: the sums run down the rows, 8 rows of threads, each 256 bytes across.
-        return [tile(2 * STEPS, down=8), tile(STEPS, down=8)]
+        return [tile(2 * STEPS, down=8), tile(2 * STEPS, down=4), tile(STEPS, down=8)]
     return [tile(2 * STEPS), tile(STEPS), tile(STEPS // 2, 2), *_enough([tile(STEPS, 2)])]
 
 
@@ -211,7 +215,6 @@ def _enough(plans: list[Plan]) -> list[Plan]:
 
 
 def _cost(plan: Plan) -> tuple[float, int]:
-    """Instructions: a thread's own, of each column it looks up, of each step, and of a seam in it."""
-    steps = plan.depth * plan.beside
-    thread = 80 + plan.beside * LOOKUP_COST[plan.lookup] + steps * (64 + SEAM_COST * plan.seams)
-    return plan.programs * thread, plan.copies
+    """Instructions: a thread's own, of each column it looks up, of each step, of a seam, and of the finishing sum."""
+    thread = 80 + plan.beside * LOOKUP_COST[plan.lookup] + plan.depth * plan.beside * 64 + plan.seams * SEAM_COST
+    return plan.programs * THREADS * thread + plan.partials * PARTIAL_COST, plan.copies

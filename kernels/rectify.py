@@ -90,6 +90,13 @@ def _plane(c):
 
 
 @triton.jit
+def _seam(c, tile, V: tl.constexpr):
+    """The vector of both that plane and the next, counted from the tile's first; out of reach where there is none."""
+    _, end = _plane(c)
+    return tl.where(end % V == 0, 0x7FFFFFFF, (end // V).to(tile.corner.dtype) - tile.corner)
+
+
+@triton.jit
 def _tile(row, columns, vectors, ROWS: tl.constexpr, WIDTH: tl.constexpr, INDEX_64: tl.constexpr):
     column, chunk = tl.program_id(0), 0
     if ROWS > 1:  # else there is one row only
@@ -134,30 +141,25 @@ def _tail(vectors, tail, tail_at, V: tl.constexpr, INDEX_64: tl.constexpr):
 @triton.jit
 def _look_up(pointer, e, c, LOOKUP: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The parameter of each element, 0.0 where there is none; see `plan.py` for LOOKUP."""
-    j = tl.arange(0, V)[None, None, :].to(e.position.dtype)
-    count = tl.cast(c.count, e.position.dtype)
-    inner = tl.cast(c.inner, e.position.dtype)
     if pointer is None:
         value = 0.0
     elif LOOKUP == "one":
         value = tl.load(pointer).to(COMPUTE)
-    elif LOOKUP == "element":
-        channel = (e.position + j) // inner % count
-        value = tl.load(pointer + channel, mask=e.in_row & (j >= 0), other=0).to(COMPUTE)
-    elif LOOKUP == "plane" or LOOKUP == "seam":
-        plane, end = _plane(c)
-        channel = plane % count
-        following = tl.where(channel + 1 == count, 0, channel + 1)
-        here, there = tl.load(pointer + channel).to(COMPUTE), tl.load(pointer + following).to(COMPUTE)
-        value = tl.where((e.position + j if LOOKUP == "seam" else e.position) < end, here, there)
     else:
-        plane = e.position // inner
-        channel = plane % count
-        value = tl.load(pointer + channel, mask=e.in_row, other=0).to(COMPUTE)
-        if LOOKUP == "split":
-            following = tl.where(channel + 1 == count, 0, channel + 1)
-            second = tl.load(pointer + following, mask=e.in_row, other=0).to(COMPUTE)
-            value = tl.where(j < (plane + 1) * inner - e.position, value, second)
+        j = tl.arange(0, V)[None, None, :].to(e.position.dtype)
+        count = tl.cast(c.count, e.position.dtype)
+        inner = tl.cast(c.inner, e.position.dtype)
+        if LOOKUP == "element":
+            channel = (e.position + j) // inner % count
+            value = tl.load(pointer + channel, mask=e.in_row & (j >= 0), other=0).to(COMPUTE)
+        else:
+            plane = e.position // inner
+            channel = plane % count
+            value = tl.load(pointer + channel, mask=e.in_row, other=0).to(COMPUTE)
+            if LOOKUP == "split":
+                following = tl.where(channel + 1 == count, 0, channel + 1)
+                second = tl.load(pointer + following, mask=e.in_row, other=0).to(COMPUTE)
+                value = tl.where(j < (plane + 1) * inner - e.position, value, second)
     return value
 
 
@@ -172,6 +174,41 @@ def _look_ups(p, e, c, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constex
             scale *= _look_up(p.norm_weight, e, c, LOOKUP, V, COMPUTE)
         bias -= _look_up(p.mean, e, c, LOOKUP, V, COMPUTE) * scale
     return bias, weight, scale
+
+
+@triton.jit
+def _of_channel(p, channel, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """The same, all of one channel."""
+    own = Parameters(
+        _behind(p.bias, channel), _behind(p.weight, 0 if WEIGHT == "one" else channel), p.seed,
+        _behind(p.mean, channel), _behind(p.var, channel), _behind(p.norm_weight, channel), p.scale, p.middle, p.eps,
+    )  # fmt: skip
+    return _look_ups(own, None, None, "one", "one", V, COMPUTE)
+
+
+@triton.jit
+def _behind(pointer, offset):
+    return None if pointer is None else pointer + offset
+
+
+@triton.jit
+def _of_both(p, c, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """Those of the two channels that a tile of one row may meet."""
+    here = _of_channel(p, 0, WEIGHT, V, COMPUTE)
+    there = here
+    if LOOKUP != "one":
+        plane, _ = _plane(c)
+        count = tl.cast(c.count, plane.dtype)
+        channel = plane % count
+        here = _of_channel(p, channel, WEIGHT, V, COMPUTE)
+        there = _of_channel(p, tl.where(channel + 1 == count, 0, channel + 1), WEIGHT, V, COMPUTE)
+    return here, there
+
+
+@triton.jit
+def _chosen(first, here, there):
+    """Of those, whichever each element or vector has."""
+    return tl.where(first, here[0], there[0]), tl.where(first, here[1], there[1]), tl.where(first, here[2], there[2])
 
 
 @triton.constexpr_function
@@ -350,33 +387,6 @@ def _of_segments(
 
 
 @triton.jit
-def _of_tile(
-    sums, c, tile, LOOKUP: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr
-):  # fmt: skip
-    """The same where the whole tile is one segment; a vector of two channels is split at the end."""
-    _, end = _plane(c)
-    seam = (end // V).to(tile.corner.dtype)
-    for b in tl.static_range(BESIDE):
-        values = tl.sum(sums[b], axis=0)
-        vector = tile.corner + b * ACROSS + tl.arange(0, ACROSS)
-        whole = tl.sum(values, axis=1)
-        of_head = tl.where(vector < seam, whole, 0.0)
-        of_rest = tl.where(vector > seam, whole, 0.0) if LOOKUP == "seam" else tl.where(vector < seam, 0.0, whole)
-        of_both = tl.where((vector == seam)[:, None], values, 0.0)
-        if b == 0:
-            head, rest, shared = of_head, of_rest, of_both
-        else:
-            head += of_head
-            rest += of_rest
-            shared += of_both  # the last choice of ``values`` instead would make ptxas spill
-    if LOOKUP == "seam":
-        before = (tl.arange(0, V) < (end % V).to(tl.int32))[None, :]
-        head += tl.sum(tl.where(before, shared, 0.0), axis=1)
-        rest += tl.sum(tl.where(before, 0.0, shared), axis=1)
-    return head, rest
-
-
-@triton.jit
 def _store_segments(to, head, rest, first, ACROSS: tl.constexpr, SEGMENT: tl.constexpr):
     """The two sums of each segment; ``first``: the number of the first one."""
     count: tl.constexpr = ACROSS // SEGMENT
@@ -386,36 +396,31 @@ def _store_segments(to, head, rest, first, ACROSS: tl.constexpr, SEGMENT: tl.con
 
 
 @triton.jit
-def _store_sums(
-    to, sums, c, tile, LOOKUP: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr,
-    SEGMENT: tl.constexpr,
+def _store_step(
+    to, values, c, tile, b, LOOKUP: tl.constexpr, V: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr
 ):  # fmt: skip
-    """One tile's sums, each column's or each segment's; ``sums``: (DOWN, ACROSS, V) of each of its BESIDE columns."""
-    if SEGMENT > ACROSS:
-        head, rest = _of_tile(sums, c, tile, LOOKUP, V, BESIDE, ACROSS)
-        _store_segments(to, head, rest, tile.corner // SEGMENT, ACROSS, ACROSS)
+    """The sums of step b, each column's or each segment's; ``values``: (DOWN, ACROSS, V)."""
+    values = tl.sum(values, axis=0)
+    first = tile.corner + b * ACROSS
+    if SEGMENT == 0:
+        vector = first + tl.arange(0, ACROSS)[:, None]
+        tl.store(to + vector * V + tl.arange(0, V)[None, :], values, mask=vector < tile.row)
     else:
-        for b in tl.static_range(BESIDE):
-            values = tl.sum(sums[b], axis=0)
-            first = tile.corner + b * ACROSS
-            if SEGMENT == 0:
-                element = (first + tl.arange(0, ACROSS)[:, None]) * V + tl.arange(0, V)[None, :]
-                tl.store(to + element, values, mask=element < tile.row * V)
-            else:
-                head, rest = _of_segments(values, c, first, LOOKUP, V, ACROSS, SEGMENT)
-                _store_segments(to, head, rest, first // SEGMENT, ACROSS, SEGMENT)
+        head, rest = _of_segments(values, c, first, LOOKUP, V, ACROSS, SEGMENT)
+        _store_segments(to, head, rest, first // SEGMENT, ACROSS, SEGMENT)
 
 
-# ---- the kernel ----
+# ---- tiles ----
 
 
 @triton.jit
-def _do_tile(
-    t, p, c, tile, partials, entries, stride,
+def _rows(
+    t, p, c, tile, to_bias, to_weight,
     SLOPE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
     INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr,
     BESIDE: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SEGMENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    """A tile whose columns each look their parameters up, and have sums of their own."""
     FIRST: tl.constexpr = _parameters_first(SLOPE, LOOKUP)
     parameters = ()
     loaded = ()
@@ -428,8 +433,6 @@ def _do_tile(
             loaded += (_load(t, _step(tile, d, b, V, DEPTH, DOWN, ACROSS, INDEX_64), LANES, V),)
     tl.debug_barrier()
     key = _key(p)
-    bias_sums = ()
-    weight_sums = ()
     for b in tl.static_range(BESIDE):
         e = _step(tile, 0, b, V, DEPTH, DOWN, ACROSS, INDEX_64)
         values = parameters[b] if FIRST else _look_ups(p, e, c, LOOKUP, WEIGHT, V, COMPUTE)
@@ -439,20 +442,85 @@ def _do_tile(
             more = _apply(loaded[b * DEPTH + d], t, p, e, values, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
             dx += more[0]
             dw += more[1]
-        bias_sums += (dx,)
-        weight_sums += (dw,)
-    if SUM_BIAS or SUM_WEIGHT:
-        to = partials + tl.cast(tile.chunk, tl.int64) * entries
         if SUM_BIAS:
-            _store_sums(to, bias_sums, c, tile, LOOKUP, V, BESIDE, ACROSS, SEGMENT)
-            to += stride
+            _store_step(to_bias, dx, c, tile, b, LOOKUP, V, ACROSS, SEGMENT)
         if SUM_WEIGHT:
-            _store_sums(to, weight_sums, c, tile, LOOKUP, V, BESIDE, ACROSS, SEGMENT)
+            _store_step(to_weight, dw, c, tile, b, LOOKUP, V, ACROSS, SEGMENT)
+
+
+@triton.jit
+def _wide(
+    t, p, c, tile, to_bias, to_weight,
+    SLOPE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_WEIGHT: tl.constexpr,
+    INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr,
+    ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of one row, in two channels at most: one of its steps may have a vector of both, the seam."""
+    FIRST: tl.constexpr = _parameters_first(SLOPE, LOOKUP)
+    _, end = _plane(c)
+    loaded = ()
+    if FIRST:
+        both = _of_both(p, c, LOOKUP, WEIGHT, V, COMPUTE)
+    for b in tl.static_range(BESIDE):
+        loaded += (_load(t, _step(tile, 0, b, V, 1, 1, ACROSS, INDEX_64), LANES, V),)
+    tl.debug_barrier()
+    key = _key(p)
+    if not FIRST:
+        both = _of_both(p, c, LOOKUP, WEIGHT, V, COMPUTE)
+    seam = -1
+    if LOOKUP == "seam":
+        seam = _seam(c, tile, V) // ACROSS
+    for b in tl.static_range(BESIDE):
+        e = _step(tile, 0, b, V, 1, 1, ACROSS, INDEX_64)
+        if seam == b:
+            more = _wide_step(
+                loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, True, COUNTER_64, LANES, V, COMPUTE
+            )  # fmt: skip
+        else:
+            more = _wide_step(
+                loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, False, COUNTER_64, LANES, V, COMPUTE
+            )  # fmt: skip
+        sums = more if b == 0 else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
+    first = tile.corner // (BESIDE * ACROSS)
+    if SUM_BIAS:
+        _store_segments(to_bias, sums[0], sums[1], first, ACROSS, ACROSS)
+    if SUM_WEIGHT:
+        _store_segments(to_weight, sums[2], sums[3], first, ACROSS, ACROSS)
+
+
+@triton.jit
+def _wide_step(
+    loaded, t, p, e, both, end, key, SLOPE: tl.constexpr, LOOKUP: tl.constexpr, SHARED: tl.constexpr,
+    COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A step of it: what that adds to the bias' two sums and to the weight's, (ACROSS,) each. SHARED: with the seam."""
+    at = e.position
+    if SHARED:
+        at += tl.arange(0, V)[None, None, :].to(at.dtype)
+    here = at < end
+    values = both[0]
+    if LOOKUP != "one":
+        values = _chosen(here, both[0], both[1])
+    dx, dw = _apply(loaded, t, p, e, values, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
+    of_bias, of_weight = _of_two(dx, here, SHARED), _of_two(dw, here, SHARED)
+    return of_bias[0], of_bias[1], of_weight[0], of_weight[1]
+
+
+@triton.jit
+def _of_two(values, here, SHARED: tl.constexpr):
+    """(1, ACROSS, V) -> of the vectors' elements in the first channel, and in the second."""
+    if not SHARED:
+        values = tl.sum(values, axis=2, keep_dims=True)
+    first, second = tl.sum(tl.where(here, values, 0.0), axis=2), tl.sum(tl.where(here, 0.0, values), axis=2)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
+# ---- the kernel ----
 
 
 @triton.constexpr_function
 def _refined(lookup, by):
-    """``lookup`` where the planner's does not hold: "element" in the tail, "plane" in a tile without a seam."""
+    """``lookup`` where the planner's does not hold: "element" in the tail."""
     return lookup if lookup == "one" else by
 
 
@@ -479,22 +547,28 @@ def rectify(
     p = Parameters(bias, weight, seed, mean, var, norm_weight, scale, middle, eps)
     tile = _tile(row, columns, vectors, DEPTH * DOWN, BESIDE * ACROSS, INDEX_64)
     c = Channels(channels, inner, _unsigned(tile.corner * V, INDEX_64))
+    to_bias = None if partials is None else partials + tl.cast(tile.chunk, tl.int64) * entries
+    to_weight = to_bias + stride if SUM_BIAS and SUM_WEIGHT else to_bias
     if LOOKUP == "seam":
-        _, end = _plane(c)
-        if (end % V != 0) & ((end // V).to(tile.corner.dtype) < tl.minimum(tile.corner + BESIDE * ACROSS, row)):
-            _do_tile(
-                t, p, c, tile, partials, entries, stride, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64,
-                COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
+        if _seam(c, tile, V) < tl.minimum(BESIDE * ACROSS, row - tile.corner):
+            _wide(
+                t, p, c, tile, to_bias, to_weight, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
+                LANES, V, BESIDE, ACROSS, COMPUTE,
             )  # fmt: skip
         else:
-            _do_tile(
-                t, p, c, tile, partials, entries, stride, SLOPE, "plane", _refined(WEIGHT, "plane"), SUM_BIAS,
-                SUM_WEIGHT, INDEX_64, COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
+            _wide(
+                t, p, c, tile, to_bias, to_weight, SLOPE, "plane", WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
+                LANES, V, BESIDE, ACROSS, COMPUTE,
             )  # fmt: skip
+    elif LOOKUP == "one" or LOOKUP == "plane":
+        _wide(
+            t, p, c, tile, to_bias, to_weight, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
+            LANES, V, BESIDE, ACROSS, COMPUTE,
+        )  # fmt: skip
     else:
-        _do_tile(
-            t, p, c, tile, partials, entries, stride, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64,
-            COUNTER_64, LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
+        _rows(
+            t, p, c, tile, to_bias, to_weight, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
+            LANES, V, DEPTH, BESIDE, DOWN, ACROSS, SEGMENT, COMPUTE,
         )  # fmt: skip
     if TAIL:
         if tl.program_id(0) == 0:

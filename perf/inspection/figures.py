@@ -21,8 +21,9 @@ def of_step(step: Step) -> list[dict[str, Any]]:
 def of_launch(step: Step, launch: Launch) -> dict[str, Any]:
     """Counts are per element, thread or program, as named; bytes throughout.
 
-    Where a share of the programs has a vector of two channels (`Plan.seams`), an element's count is the average of the
-    main path's and, for those, of the dearest one's, which does the tail as well.
+    Where a share of the programs has a vector of two channels (`Plan.seams`), an element's count is an average: of the
+    main path and, for those, of the cheapest one with no such vector after all and, one step in all, of the dearest
+    one, which has one in every step (and does the tail).
     """
     code = read(launch)
     plan = launch.variant.plan
@@ -32,7 +33,8 @@ def of_launch(step: Step, launch: Launch) -> dict[str, Any]:
     path = code.main_path()
     paths = [(1.0, path)]
     if launch.name != "finish" and plan.seams:
-        paths = [(1 - plan.seams, path), (plan.seams, code.dearest_path())]
+        both = plan.seams / plan.beside
+        paths = [(1 - plan.seams, path), (plan.seams - both, code.other_path()), (both, code.dearest_path())]
     bounds: dict[str, Any] = {
         "elements": elements,  # a thread does
         "bytes_per_element": launch.bytes / step.size,

@@ -2,7 +2,7 @@
 
 The figures of a kernel are those of its main path: the cheapest way from the entry to an exit that passes as many of
 the widest accesses as any way does, loops taken once. The dearest one also does the elements behind the last whole
-vector, as one program of the launch, and a tile with a vector of two channels, as a share of them (`Plan.seams`).
+vector, as one program of the launch, and steps with a vector of two channels, as a share of them (`Plan.seams`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ class Code:
     def dearest_path(self) -> list[Instruction]:
         """The longest way that passes as many of the widest accesses."""
         return [self.instructions[i] for i in _path(self.instructions, dearest=True)]
+
+    def other_path(self) -> list[Instruction]:
+        """The cheapest way that turns as the dearest one does where that first leaves the main path."""
+        dearest = _path(self.instructions, dearest=True)
+        apart = next((n for n, (a, b) in enumerate(zip(dearest, _path(self.instructions), strict=False)) if a != b), 0)
+        return [self.instructions[i] for i in dearest[:apart] + _path(self.instructions, start=dearest[apart])]
 
     def body(self) -> list[Instruction]:
         """The main path from its first to its last access of the widest kind: without the prologue."""
@@ -114,7 +120,7 @@ def _walk(flow: Any) -> tuple[list[int], list[tuple[int, int]]]:
     return order, [(a, b) for a, b in flow.edges(order) if place[a] <= place[b]]
 
 
-def _path(code: Sequence[Instruction], dearest: bool = False) -> list[int]:
+def _path(code: Sequence[Instruction], dearest: bool = False, start: int = 0) -> list[int]:
     """Indices of a path: most widest accesses first, fewest (or most) instructions then; loops are taken once."""
     step = 1 if dearest else -1
     widest = {kind: max((i.width for i in code if i.kind == kind), default=0) for kind in ACCESSES}
@@ -133,7 +139,7 @@ def _path(code: Sequence[Instruction], dearest: bool = False) -> list[int]:
         wide = i.kind in ACCESSES and i.width == widest[i.kind]
         best[n] = (accesses + wide, length + step * (i.kind != "padding"))
     path: list[int] = []
-    at: int | None = 0 if code else None
+    at: int | None = start if code else None
     while at is not None:
         if code[at].kind != "padding":
             path.append(at)
