@@ -6,7 +6,6 @@ figures, with the folder of ptxgpu on PYTHONPATH and FUSED_RECT_BACKEND=triton:
     python -m pytest -p ptxgpu.plugin -s tests/kernels/test_executed.py
 """
 
-import math
 import sys
 
 import pytest
@@ -27,11 +26,8 @@ pytestmark = [
 RULES = {name: Rule.default(name) for name in ("leaky_relu", "prelu", "rrelu")}
 # Instructions per element: forward and backward of each rule, bfloat16, for any shape of a million elements or more.
 BUDGET = {"leaky_relu": (14, 14), "prelu": (14, 21), "rrelu": (33, 31)}
-# A batch of one has no rows to share the look-ups among; with an odd plane of 10815 elements a third of the programs
-# have a vector of two channels.
-ODD_PLANE_OF_ONE_IMAGE = {"leaky_relu": (14, 14), "prelu": (14, 23.5), "rrelu": (33, 31.5)}
-# Few rows of (N, C) with an odd C: 32 rows share a column's partial sums, 4 bytes written and read again for 132.
-FEW_ROWS = {"leaky_relu": (14, 15), "prelu": (14, 24), "rrelu": (33, 33)}
+# 123 rows fill two tiles of 64 and leave sums to both.
+LITTLE_MORE = {((1, 97, 105, 103), "channels_last", "rrelu", True): 31.5}
 # Forward behind a norm, of any of the shapes: three more look-ups, a reciprocal root, and a product per element.
 BEHIND_A_NORM = {"leaky_relu": 15.5, "prelu": 18.5}
 # ptxas settles for 72 registers, seven programs a multiprocessor, and keeps one pointer in memory: a store and a load
@@ -55,12 +51,6 @@ SHAPES = [
     ((256, 4099), "contiguous"),
     ((1048583,), "contiguous"),
 ]
-
-
-def budget(shape):
-    if shape[0] == 1 and len(shape) == 4 and math.prod(shape[2:]) % 2:
-        return ODD_PLANE_OF_ONE_IMAGE
-    return FEW_ROWS if shape == (256, 4099) else BUDGET
 
 
 def count(shape, layout, rule, dtype, backward, norm=False):
@@ -108,9 +98,10 @@ def check(shape, layout, rule, backward, dtype=torch.bfloat16, norm=False):
         f"{sectors:.3f} sectors, {sass.registers} registers, {sass.spill_bytes} bytes spilled",
         end="",
     )
-    allowed = (BEHIND_A_NORM[rule] if norm else budget(shape)[rule][backward]) * (1 if dtype.itemsize == 2 else 1.5)
+    usual = BEHIND_A_NORM[rule] if norm else BUDGET[rule][backward]
+    allowed = LITTLE_MORE.get((shape, layout, rule, backward), usual) * (1 if dtype.itemsize == 2 else 1.5)
     assert instructions <= allowed, f"{instructions:.1f} instructions per element, {allowed} allowed"
-    few = shape == (256, 4099) and dtype.itemsize == 2
+    few = shape == (256, 4099) and dtype.itemsize == 2  # rows, 32 of which share a sum: 8 bytes for 132
     assert sectors <= (1.10 if few else 1.06 if backward else 1.01)
     spills = SPILLED.get((arch, rule, "backward" if backward else "forward", layout, dtype), 0)
     assert width == 16 and sass.spill_bytes <= spills and "CALL" not in sass.opcodes
