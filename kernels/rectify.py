@@ -467,9 +467,37 @@ def _wide(
     key = _key(p)
     if not FIRST:
         both = _of_both(p, c, LOOKUP, WEIGHT, V, COMPUTE)
-    seam = -1
     if LOOKUP == "seam":
-        seam = _seam(c, tile, V) // ACROSS
+        seam = _seam(c, tile, V)
+        if seam < tl.minimum(BESIDE * ACROSS, tile.row - tile.corner):
+            sums = _wide_steps(
+                loaded, t, p, tile, both, end, seam // ACROSS, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V,
+                BESIDE, ACROSS, COMPUTE,
+            )  # fmt: skip
+        else:
+            sums = _wide_steps(
+                loaded, t, p, tile, both, end, -1, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS,
+                COMPUTE,
+            )  # fmt: skip
+    else:
+        sums = _wide_steps(
+            loaded, t, p, tile, both, end, -1, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS,
+            COMPUTE,
+        )  # fmt: skip
+    first = tile.corner // (BESIDE * ACROSS)
+    if SUM_BIAS:
+        _store_segments(to_bias, sums[0], sums[1], first, ACROSS, ACROSS)
+    if SUM_WEIGHT:
+        _store_segments(to_weight, sums[2], sums[3], first, ACROSS, ACROSS)
+
+
+@triton.jit
+def _wide_steps(
+    loaded, t, p, tile, both, end, seam, key, SLOPE: tl.constexpr, LOOKUP: tl.constexpr, INDEX_64: tl.constexpr,
+    COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The bias' two sums and the weight's, (ACROSS,) each. ``seam``: the step that has it, or -1."""
     for b in tl.static_range(BESIDE):
         e = _step(tile, 0, b, V, 1, 1, ACROSS, INDEX_64)
         if seam == b:
@@ -481,11 +509,7 @@ def _wide(
                 loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, False, COUNTER_64, LANES, V, COMPUTE
             )  # fmt: skip
         sums = more if b == 0 else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
-    first = tile.corner // (BESIDE * ACROSS)
-    if SUM_BIAS:
-        _store_segments(to_bias, sums[0], sums[1], first, ACROSS, ACROSS)
-    if SUM_WEIGHT:
-        _store_segments(to_weight, sums[2], sums[3], first, ACROSS, ACROSS)
+    return sums
 
 
 @triton.jit
@@ -493,7 +517,7 @@ def _wide_step(
     loaded, t, p, e, both, end, key, SLOPE: tl.constexpr, LOOKUP: tl.constexpr, SHARED: tl.constexpr,
     COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A step of it: what that adds to the bias' two sums and to the weight's, (ACROSS,) each. SHARED: with the seam."""
+    """What one step adds to those sums. SHARED: with the seam."""
     at = e.position
     if SHARED:
         at += tl.arange(0, V)[None, None, :].to(at.dtype)
@@ -549,18 +573,7 @@ def rectify(
     c = Channels(channels, inner, _unsigned(tile.corner * V, INDEX_64))
     to_bias = None if partials is None else partials + tl.cast(tile.chunk, tl.int64) * entries
     to_weight = to_bias + stride if SUM_BIAS and SUM_WEIGHT else to_bias
-    if LOOKUP == "seam":
-        if _seam(c, tile, V) < tl.minimum(BESIDE * ACROSS, row - tile.corner):
-            _wide(
-                t, p, c, tile, to_bias, to_weight, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
-                LANES, V, BESIDE, ACROSS, COMPUTE,
-            )  # fmt: skip
-        else:
-            _wide(
-                t, p, c, tile, to_bias, to_weight, SLOPE, "plane", WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
-                LANES, V, BESIDE, ACROSS, COMPUTE,
-            )  # fmt: skip
-    elif LOOKUP == "one" or LOOKUP == "plane":
+    if LOOKUP == "one" or LOOKUP == "plane" or LOOKUP == "seam":
         _wide(
             t, p, c, tile, to_bias, to_weight, SLOPE, LOOKUP, WEIGHT, SUM_BIAS, SUM_WEIGHT, INDEX_64, COUNTER_64,
             LANES, V, BESIDE, ACROSS, COMPUTE,

@@ -225,7 +225,7 @@ MUTANTS = [
         "tl.where(end % V > V,",
         "a step without a shared vector may choose element by element as well: that takes time, and no result differs",
     ),
-    Mutant(RECTIFY, "the step before the seam", "_seam(c, tile, V) // ACROSS", "_seam(c, tile, V) // ACROSS - 1"),
+    Mutant(RECTIFY, "the step before the seam", "end, seam // ACROSS, key", "end, seam // ACROSS - 1, key"),
     Mutant(
         RECTIFY,
         "the seam's vector as the first channel's",

@@ -29,11 +29,11 @@ BUDGET = {"leaky_relu": (14, 14), "prelu": (14, 21), "rrelu": (33, 31)}
 # 123 rows fill two tiles of 64 and leave sums to both.
 LITTLE_MORE = {((1, 97, 105, 103), "channels_last", "rrelu", True): 31.5}
 # Forward behind a norm, of any of the shapes: three more look-ups, a reciprocal root, and a product per element.
-BEHIND_A_NORM = {"leaky_relu": 15.5, "prelu": 18.5}
+BEHIND_A_NORM = {"leaky_relu": 14, "prelu": 14.5}
 # ptxas settles for 72 registers, seven programs a multiprocessor, and keeps one pointer in memory: a store and a load
 # for 64 elements. Parameters in another order, or converted later, leave it so; behind the loads they cost 1.7
 # instructions per element.
-SPILLED = {(90, "prelu", "forward", "channels_last", torch.float16): 8}
+SPILLED = {(90, "prelu", "forward", torch.float16): 8}  # where channels are adjacent
 QUICK = [((32, 51, 29, 31), "contiguous"), ((16, 96, 28, 28), "channels_last")]
 SHAPES = [
     *QUICK,
@@ -103,7 +103,8 @@ def check(shape, layout, rule, backward, dtype=torch.bfloat16, norm=False):
     assert instructions <= allowed, f"{instructions:.1f} instructions per element, {allowed} allowed"
     few = shape == (256, 4099) and dtype.itemsize == 2  # rows, 32 of which share a sum: 8 bytes for 132
     assert sectors <= (1.10 if few else 1.06 if backward else 1.01)
-    spills = SPILLED.get((arch, rule, "backward" if backward else "forward", layout, dtype), 0)
+    adjacent = layout == "channels_last" or len(shape) == 2
+    spills = SPILLED.get((arch, rule, "backward" if backward else "forward", dtype), 0) if adjacent else 0
     assert width == 16 and sass.spill_bytes <= spills and "CALL" not in sass.opcodes
 
 
