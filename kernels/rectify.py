@@ -498,6 +498,7 @@ def _wide_steps(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The bias' two sums and the weight's, (ACROSS,) each. ``seam``: the step that has it, or -1."""
+    sums = None
     for b in tl.static_range(BESIDE):
         e = _step(tile, 0, b, V, 1, 1, ACROSS, INDEX_64)
         if seam == b:
@@ -508,7 +509,7 @@ def _wide_steps(
             more = _wide_step(
                 loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, False, COUNTER_64, LANES, V, COMPUTE
             )  # fmt: skip
-        sums = more if b == 0 else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
+        sums = more if sums is None else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
     return sums
 
 
