@@ -180,15 +180,17 @@ def _look_ups(p, e, c, LOOKUP: tl.constexpr, WEIGHT: tl.constexpr, V: tl.constex
 def _of_channel(p, channel, WEIGHT: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr):
     """The same, all of one channel."""
     own = Parameters(
-        _behind(p.bias, channel), _behind(p.weight, 0 if WEIGHT == "one" else channel), p.seed,
-        _behind(p.mean, channel), _behind(p.var, channel), _behind(p.norm_weight, channel), p.scale, p.middle, p.eps,
-    )  # fmt: skip
+        None if p.bias is None else p.bias + channel,
+        None if p.weight is None else p.weight + (0 if WEIGHT == "one" else channel),
+        p.seed,
+        None if p.mean is None else p.mean + channel,
+        None if p.var is None else p.var + channel,
+        None if p.norm_weight is None else p.norm_weight + channel,
+        p.scale,
+        p.middle,
+        p.eps,
+    )
     return _look_ups(own, None, None, "one", "one", V, COMPUTE)
-
-
-@triton.jit
-def _behind(pointer, offset):
-    return None if pointer is None else pointer + offset
 
 
 @triton.jit
