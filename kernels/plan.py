@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def segment(self) -> int:
-        """Adjacent vectors whose sums are merged: a power of two that spans at most two channels; 0: none are."""
+        """Adjacent vectors whose sums are merged, at most two channels': a power of two or the tile; 0: none are."""
         if self.lookup == "element":
             return 0
         if self.lookup in ("one", "plane", "seam"):  # the whole tile
@@ -189,9 +189,8 @@ def _flat(size: int, channels: int, inner: int, lanes: int) -> list[Plan]:
         lookup = in_wide_planes if wide else _lookup(channels, inner)
         return Plan(size, channels, inner, lanes, row, copies, 1, 1, steps, 1, across, lookup)
 
-    larger = tile(2 * STEPS)
+    few, larger = [tile(steps) for steps in range(2, STEPS + 1)], tile(2 * STEPS)
     # Eight vectors' own look-ups would cost ptxas its registers.
-    few = [tile(steps) for steps in range(2, STEPS + 1)]
     return [*few, *_enough([larger] if larger.lookup in ("one", in_wide_planes) else [])]
 
 

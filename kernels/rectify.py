@@ -469,22 +469,18 @@ def _wide(
     key = _key(p)
     if not FIRST:
         both = _of_both(p, c, LOOKUP, WEIGHT, V, COMPUTE)
+    seam, shared = 0, False
     if LOOKUP == "seam":
         seam = _seam(c, tile, V)
-        if seam < tl.minimum(BESIDE * ACROSS, tile.row - tile.corner):
-            sums = _wide_steps(
-                loaded, t, p, tile, both, end, seam // ACROSS, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V,
-                BESIDE, ACROSS, COMPUTE,
-            )  # fmt: skip
-        else:
-            sums = _wide_steps(
-                loaded, t, p, tile, both, end, -1, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS,
-                COMPUTE,
-            )  # fmt: skip
+        shared = seam < tl.minimum(BESIDE * ACROSS, tile.row - tile.corner)
+    if shared:
+        sums = _wide_steps(
+            loaded, t, p, tile, both, end, seam // ACROSS, key, SLOPE, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS,
+            COMPUTE,
+        )  # fmt: skip
     else:
         sums = _wide_steps(
-            loaded, t, p, tile, both, end, -1, key, SLOPE, LOOKUP, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS,
-            COMPUTE,
+            loaded, t, p, tile, both, end, -1, key, SLOPE, INDEX_64, COUNTER_64, LANES, V, BESIDE, ACROSS, COMPUTE,
         )  # fmt: skip
     first = tile.corner // (BESIDE * ACROSS)
     if SUM_BIAS:
@@ -495,39 +491,32 @@ def _wide(
 
 @triton.jit
 def _wide_steps(
-    loaded, t, p, tile, both, end, seam, key, SLOPE: tl.constexpr, LOOKUP: tl.constexpr, INDEX_64: tl.constexpr,
-    COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    loaded, t, p, tile, both, end, seam, key, SLOPE: tl.constexpr, INDEX_64: tl.constexpr, COUNTER_64: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, BESIDE: tl.constexpr, ACROSS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The bias' two sums and the weight's, (ACROSS,) each. ``seam``: the step that has it, or -1."""
     sums = None
     for b in tl.static_range(BESIDE):
         e = _step(tile, 0, b, V, 1, 1, ACROSS, INDEX_64)
         if seam == b:
-            more = _wide_step(
-                loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, True, COUNTER_64, LANES, V, COMPUTE
-            )  # fmt: skip
+            more = _wide_step(loaded[b], t, p, e, both, end, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
         else:
-            more = _wide_step(
-                loaded[b], t, p, e, both, end, key, SLOPE, LOOKUP, False, COUNTER_64, LANES, V, COMPUTE
-            )  # fmt: skip
+            more = _wide_step(loaded[b], t, p, e, both, end, key, SLOPE, False, COUNTER_64, LANES, V, COMPUTE)
         sums = more if sums is None else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2], sums[3] + more[3])
     return sums
 
 
 @triton.jit
 def _wide_step(
-    loaded, t, p, e, both, end, key, SLOPE: tl.constexpr, LOOKUP: tl.constexpr, SHARED: tl.constexpr,
-    COUNTER_64: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
+    loaded, t, p, e, both, end, key, SLOPE: tl.constexpr, SHARED: tl.constexpr, COUNTER_64: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """What one step adds to those sums. SHARED: with the seam."""
     at = e.position
     if SHARED:
         at += tl.arange(0, V)[None, None, :].to(at.dtype)
     here = at < end
-    values = both[0]
-    if LOOKUP != "one":
-        values = _chosen(here, both[0], both[1])
+    values = _chosen(here, both[0], both[1])
     dx, dw = _apply(loaded, t, p, e, values, key, SLOPE, True, COUNTER_64, LANES, V, COMPUTE)
     of_bias, of_weight = _of_two(dx, here, SHARED), _of_two(dw, here, SHARED)
     return of_bias[0], of_bias[1], of_weight[0], of_weight[1]
@@ -546,9 +535,9 @@ def _of_two(values, here, SHARED: tl.constexpr):
 
 
 @triton.constexpr_function
-def _refined(lookup, by):
-    """``lookup`` where the planner's does not hold: "element" in the tail."""
-    return lookup if lookup == "one" else by
+def _in_tail(lookup):
+    """The tail's own look-up, in the planner's place."""
+    return lookup if lookup == "one" else "element"
 
 
 @triton.jit(
@@ -589,7 +578,7 @@ def rectify(
     if TAIL:
         if tl.program_id(0) == 0:
             e = _tail(vectors, tail, tail_at, V, INDEX_64)
-            values = _look_ups(p, e, c, _refined(LOOKUP, "element"), _refined(WEIGHT, "element"), V, COMPUTE)
+            values = _look_ups(p, e, c, _in_tail(LOOKUP), _in_tail(WEIGHT), V, COMPUTE)
             dx, dw = _apply(
                 _load(t, e, LANES, V), t, p, e, values, _key(p), SLOPE, False, COUNTER_64, LANES, V, COMPUTE
             )

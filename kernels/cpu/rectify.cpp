@@ -356,7 +356,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   using M = typename Sides::M;
   using Total = std::conditional_t<ROWS, A, double>;
   static constexpr int W = E::lanes;
-  static constexpr int N = P == backward && !ROWS && W <= 8 ? 8 : 4;  // vectors at a time; their sum is widened once
+  static constexpr int abreast = P == backward && !ROWS && W <= 8 ? 8 : 4;  // vectors at a time; their sum is widened once
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
   const A *bias, *slope, *scale;   // ROWS: of the columns; else one number each, but for random slopes
@@ -451,7 +451,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     segment.one = {*bias - V{}, *slope - V{}, P == scaling ? *scale - V{} : V{}};
     int64_t i = 0, column = 0;
     for (; i + 64 <= at.count; i += 64) {
-      for (int k = 0; k < 64; k += N * W) segment.template vectors<N>(at, i + k, column + k);
+      for (int k = 0; k < 64; k += abreast * W) segment.template vectors<abreast>(at, i + k, column + k);
       column = ROWS && column + 64 == columns ? 0 : column + 64;
     }
     for (; i + W <= at.count; i += W, column += W) segment.template vectors<1>(at, i, column);
