@@ -16,6 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .philox import key as philox_key
 from .philox import words
 from .traffic import launch_metadata
 
@@ -234,8 +235,11 @@ def _number(bits, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _key(p):
-    """The seed of random slopes. Read behind the barrier, or ptxas would make the slopes before the loads."""
-    return 0 if p.seed is None else tl.load(p.seed)
+    """Of random slopes. Read behind the barrier, or ptxas would make the slopes before the loads."""
+    if p.seed is None:
+        return 0, 0
+    else:
+        return philox_key(p.seed)
 
 
 @triton.jit

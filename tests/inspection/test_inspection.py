@@ -252,7 +252,9 @@ def test_the_recorded_figures_meet_what_is_promised():
     spilled = {
         ("3.6.0", "sm_100 forward leaky_relu float32 channels_last 32x51x71x73"): 8,
         ("3.6.0", "sm_90 forward leaky_relu float32 channels_last 32x51x71x73"): 8,
-        ("3.6.0", "sm_90 forward rrelu float32 channels_last 32x51x71x73"): 8,
+        ("3.6.0", "sm_100 forward rrelu_divisor float32 channels_last 32x51x71x73"): 8,
+        ("3.8.0", "sm_80 forward rrelu_divisor float32 channels_last 32x51x71x73"): 8,
+        ("3.9.0", "sm_80 forward rrelu_divisor float32 channels_last 32x51x71x73"): 8,
         ("3.6.0", "sm_80 forward prelu float16 channels_last 32x64x64x64"): 8,
         **{(v, "sm_90 forward prelu float16 channels_last 32x64x64x64"): 8 for v in tritons.VERSIONS},
     }

@@ -25,9 +25,7 @@ pytestmark = [
 
 RULES = {name: Rule.default(name) for name in ("leaky_relu", "prelu", "rrelu")}
 # Instructions per element: forward and backward of each rule, bfloat16, for any shape of a million elements or more.
-BUDGET = {"leaky_relu": (14, 14), "prelu": (14, 21), "rrelu": (33, 31)}
-# 123 rows fill two tiles of 64 and leave sums to both.
-LITTLE_MORE = {((1, 97, 105, 103), "channels_last", "rrelu", True): 31.5}
+BUDGET = {"leaky_relu": (14, 14), "prelu": (14, 21), "rrelu": (30, 30.5)}
 # Forward behind a norm, of any of the shapes: three more look-ups, a reciprocal root, and a product per element.
 BEHIND_A_NORM = {"leaky_relu": 14, "prelu": 14.5}
 # ptxas settles for 72 registers, seven programs a multiprocessor, and keeps one pointer in memory: a store and a load
@@ -98,8 +96,8 @@ def check(shape, layout, rule, backward, dtype=torch.bfloat16, norm=False):
         f"{sectors:.3f} sectors, {sass.registers} registers, {sass.spill_bytes} bytes spilled",
         end="",
     )
-    usual = BEHIND_A_NORM[rule] if norm else BUDGET[rule][backward]
-    allowed = LITTLE_MORE.get((shape, layout, rule, backward), usual) * (1 if dtype.itemsize == 2 else 1.5)
+    budget = BEHIND_A_NORM[rule] if norm else BUDGET[rule][backward]
+    allowed = budget * (1 if dtype.itemsize == 2 else 1.5)
     assert instructions <= allowed, f"{instructions:.1f} instructions per element, {allowed} allowed"
     few = shape == (256, 4099) and dtype.itemsize == 2  # rows, 32 of which share a sum: 8 bytes for 132
     assert sectors <= (1.10 if few else 1.06 if backward else 1.01)

@@ -29,7 +29,7 @@ def kernel_words(
 ):  # fmt: skip
     at = tl.arange(0, VECTORS)[None, :, None]
     vector = (tl.cast(start, tl.int64) + at).to(tl.uint64 if COUNTER_64 else tl.uint32)
-    tl.store(out + at * V + tl.arange(0, V)[None, None, :], philox.words(vector, tl.load(seed), V, LANES))
+    tl.store(out + at * V + tl.arange(0, V)[None, None, :], philox.words(vector, philox.key(seed), V, LANES))
 
 
 @pytest.mark.ptx
