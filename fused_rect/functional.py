@@ -30,7 +30,7 @@ Size = int | tuple[int, ...]
 @leaf
 def bias_relu(input: Tensor, bias: Tensor | None = None) -> Tensor:
     """max(input + bias, 0). NaN stays NaN, -inf gives 0."""
-    return _rectify(input, Parameters(bias), RELU)
+    return ops.run(input, Parameters(bias), RELU)
 
 
 @leaf
@@ -42,7 +42,7 @@ def bias_relu_(input: Tensor, bias: Tensor | None = None) -> Tensor:
 @leaf
 def bias_leaky_relu(input: Tensor, bias: Tensor | None = None, negative_slope: float = 0.01) -> Tensor:
     """z where z > 0, else negative_slope * z, with z = input + bias."""
-    return _rectify(input, Parameters(bias), rules.leaky_relu(negative_slope))
+    return ops.run(input, Parameters(bias), rules.leaky_relu(negative_slope))
 
 
 @leaf
@@ -57,7 +57,7 @@ def bias_prelu(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
 
     weight: (1,) for one slope, (C,) for one a channel. Keeps the input for backward.
     """
-    return _rectify(input, Parameters(bias, slope_tensor(weight)), PRELU)
+    return ops.run(input, Parameters(bias, slope_tensor(weight)), PRELU)
 
 
 @leaf
@@ -87,7 +87,7 @@ def bias_rrelu(
     Raises RuntimeError for lower > upper or bounds that are not finite, ValueError for "divisor" with lower <= 0 or
     bounds outside [2**-126, 2**126], where float32 has a normal inverse.
     """
-    return _rectify(input, Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training))
+    return ops.run(input, Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training))
 
 
 @leaf
@@ -105,26 +105,9 @@ def bias_rrelu_(
     return _rectify_(input, Parameters(bias, seed=seed if training else None), rules.rrelu(lower, upper, law, training))
 
 
-def _rectify(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
-    _check_dtypes(input, parameters)
-    return ops.run(input, parameters, rule, bias_added)
-
-
 def _rectify_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> Tensor:
-    _check_dtypes(input, parameters)
     ops.run_(input, parameters, rule, bias_added)
     return input
-
-
-def _check_dtypes(input: Tensor, parameters: Parameters) -> None:
-    """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
-    for name, parameter in (("bias", parameters.bias), ("weight", parameters.weight)):
-        if parameter is None or parameter.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
-            continue
-        raise RuntimeError(
-            f"{name} must have the dtype of input ({input.dtype}), got {parameter.dtype}; "
-            f"convert it with {name}.to(input.dtype), or run under torch.autocast"
-        )
 
 
 def slope_tensor(weight: Tensor) -> Tensor:
@@ -176,7 +159,7 @@ def epilogue(z: Tensor, rank: int, parameters: Parameters, rule: Rule, bias_adde
     Raises what the functions above raise.
     """
     lying = channels_second(z, rank)
-    run = _rectify_ if _may_overwrite(lying, parameters, rule) else _rectify
+    run = _rectify_ if _may_overwrite(lying, parameters, rule) else ops.run
     out = run(lying, parameters, rule, bias_added)
     return out if lying is z else out.view(z.shape)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from . import backends, functional, rules
-from .rules import PRELU, RELU, Parameters, Rule, numbers
+from .rules import PRELU, RELU, Parameters, Rule
 from .tracing import leaf_module
 
 
@@ -110,10 +110,8 @@ class Fused(nn.Sequential):
         weight, rule = epilogue_arguments(activation)
         calls, adds_bias = backends.direct(input), _ADDS_BIAS.get(type(linear_map))
         if calls is not None and adds_bias is not None and output_size is None:
-            parameters = Parameters(weight=weight)
-            out: Tensor | None = calls.layer(
-                input, linear_map.__dict__, adds_bias[input.is_cuda], parameters, rule, numbers(rule)
-            )
+            adds = adds_bias[input.is_cuda]
+            out: Tensor | None = calls.layer(input, linear_map.__dict__, adds, Parameters(weight=weight), rule)
             if out is not None:
                 return out
         return fused(linear_map, input, weight, rule, output_size)

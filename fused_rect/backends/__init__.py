@@ -85,12 +85,22 @@ def resolve(device_type: str) -> ModuleType:
 def direct(like: Tensor) -> Any:
     """The ops on tensors like ``like`` without Python in between (`kernels.direct.Calls`); None where Python serves.
 
-    A call is worth few lines of Python: hence `_wanted`'s here.
+    Once they are there they know themselves what is chosen: behind large tensors, whose traffic empties the caches,
+    asking for it here took 15 us.
     """
-    if is_compiling() or not (like.is_cpu or like.is_cuda):
+    if is_compiling():
         return None
-    wanted = internals.get_in_thread(OWN) if internals.is_in_thread(OWN) else _chosen
-    return _direct(wanted, like.is_cuda)
+    return _calls[like.is_cuda] or _first(like)
+
+
+_calls = [None, None]  # of CPU tensors and of CUDA tensors, from the first call on that they serve
+
+
+def _first(like: Tensor) -> Any:
+    if not (like.is_cpu or like.is_cuda):
+        return None
+    _calls[like.is_cuda] = found = _direct(_wanted(), like.is_cuda)
+    return found
 
 
 def prepare(device: torch.device) -> None:
@@ -132,6 +142,7 @@ def _forget() -> None:
     """For tests, which change what is there."""
     _module.cache_clear()
     _direct.cache_clear()
+    _calls[:] = None, None
 
 
 @functools.cache

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .. import backends, internals
 from ..random import new_seed
-from ..rules import Need, Parameters, Rule, numbers
-from .checks import check, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
+from ..rules import Need, Parameters, Rule
+from .checks import check, check_companions, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Stride = Sequence[int] | None
@@ -280,16 +280,21 @@ def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = Fa
 
     In C++ (kernels/direct/) but where somebody listens (function transforms, modes, the tracer, profilers) or the
     tensors are unusual: a dispatch to the op costs a small rectifier several times its work.
+    Raises RuntimeError where the dtype of bias or weight is not the input's, unless autocast is on.
     """
     calls = backends.direct(input)
-    out: Tensor | None = None if calls is None else calls.rectify(input, parameters, rule, numbers(rule), bias_added)
-    return rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added) if out is None else out
+    out: Tensor | None = None if calls is None else calls.rectify(input, parameters, rule, bias_added)
+    if out is None:
+        check_companions(input, parameters)
+        out = rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
+    return out
 
 
 def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = False) -> None:
     """The same for `rectify_`."""
     calls = backends.direct(input)
-    if calls is None or not calls.rectify_(input, parameters, rule, numbers(rule), bias_added):
+    if calls is None or not calls.rectify_(input, parameters, rule, bias_added):
+        check_companions(input, parameters)
         rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
 
 

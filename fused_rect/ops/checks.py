@@ -39,6 +39,17 @@ def check(input: Tensor, parameters: Parameters, rule: Rule) -> None:
         _check_seed(seed, input)
 
 
+def check_companions(input: Tensor, parameters: Parameters) -> None:
+    """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
+    for name, parameter in (("bias", parameters.bias), ("weight", parameters.weight)):
+        if parameter is None or parameter.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
+            continue
+        raise RuntimeError(
+            f"{name} must have the dtype of input ({input.dtype}), got {parameter.dtype}; "
+            f"convert it with {name}.to(input.dtype), or run under torch.autocast"
+        )
+
+
 def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.dtype != input.dtype and not (input.dtype in HALF and tensor.dtype == torch.float32):
         raise RuntimeError(

@@ -28,9 +28,9 @@ NORM = ("mean", "var", "norm_weight")  # the kernel's last pointers, of which C+
 class Calls(NamedTuple):
     """None, and rectify_'s False, say that Python is to serve; else it is the op's result, True or the layer's output.
 
-    rectify, rectify_: ``(input, parameters, rule, numbers(rule), bias_added)``
-    layer: ``(input, linear_map.__dict__, map_adds_bias, parameters, rule, numbers(rule))``, a module of torch's and the
-    op on its output; the bias in ``parameters`` is not looked at
+    rectify, rectify_: ``(input, parameters, rule, bias_added)``
+    layer: ``(input, linear_map.__dict__, map_adds_bias, parameters, rule)``, a module of torch's and the op on its
+    output; the bias in ``parameters`` is not looked at
     """
 
     rectify: Any
@@ -49,9 +49,9 @@ def register_ops(device_type: str, own: str, *names: str) -> None:
     For as long as a thread's own choice, kept by torch under ``own``, or else the process's, which is the first of
     ``names``, is one of the others: any implementation, that of CPU tensors, that of CUDA tensors.
     """
-    objects = [ctypes.py_object] * (1 + len(names))
+    objects = [ctypes.py_object] * len(names)
     register = _function("fused_rect_direct_ops", None, ctypes.c_int, ctypes.c_char_p, *objects)
-    register(device_type == "cuda", own.encode(), _numbers_of, *names)
+    register(device_type == "cuda", own.encode(), *names)
 
 
 def why(device_type: str) -> str:
@@ -70,8 +70,8 @@ def _calls(device_type: str) -> Calls | str:
             return found
     except build.BuildError as error:
         return str(error)
-    both = _function("fused_rect_direct", ctypes.py_object, ctypes.py_object, ctypes.py_object)
-    return Calls(*both(device_type == "cuda", DeviceContext))
+    make = _function("fused_rect_direct", ctypes.py_object, *[ctypes.py_object] * 3)
+    return Calls(*make(device_type == "cuda", DeviceContext, _numbers_of))
 
 
 def _numbers_of(name: str, lower: float, upper: float) -> tuple[int, float, float]:

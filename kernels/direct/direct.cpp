@@ -24,41 +24,47 @@ double number(PyObject *given) {
   return value;
 }
 
-// rules.py's Parameters, Rule and numbers.
+// rules.py's Parameters and Rule.
 struct Asked {
   Tensor bias, weight, seed;
   Rule rule;
 
   // Whether these tensors can be served. The rule's name is Python's to keep.
-  bool is(PyObject *parameters, PyObject *of_rule, PyObject *numbers) {
+  bool is(PyObject *parameters, PyObject *of_rule) {
     TORCH_CHECK_TYPE(
-        PyTuple_Check(parameters) && PyTuple_Check(of_rule) && PyTuple_Check(numbers) &&
-            PyTuple_GET_SIZE(parameters) == 3 && PyTuple_GET_SIZE(of_rule) == 3 && PyTuple_GET_SIZE(numbers) == 3,
-        "expected parameters, a rule and its numbers");
+        PyTuple_Check(parameters) && PyTuple_GET_SIZE(parameters) == 3 && PyTuple_Check(of_rule) &&
+            PyTuple_GET_SIZE(of_rule) == 3,
+        "expected parameters and a rule");
     PyObject *const *p = &PyTuple_GET_ITEM(parameters, 0), *const *r = &PyTuple_GET_ITEM(of_rule, 0);
-    PyObject *const *n = &PyTuple_GET_ITEM(numbers, 0);
     if (!tensor_of(p[0], bias) || !tensor_of(p[1], weight) || !tensor_of(p[2], seed)) return false;
     const char *name = PyUnicode_AsUTF8(r[0]);
     if (!name) throw python_error();
-    rule = {name, number(r[1]), number(r[2]), (int64_t)number(n[0]), number(n[1]), number(n[2])};
+    rule = rule_of(name, number(r[1]), number(r[2]));
     return true;
+  }
+
+  // Whether the parameters have the input's type, or autocast is on: checks.py's check_companions.
+  bool fit(const Tensor &input) const {
+    const auto same = [&](const Tensor &t) { return !t.defined() || t.scalar_type() == input.scalar_type(); };
+    return (same(bias) && same(weight)) || under_autocast(input);
   }
 };
 
-// Whether calls on such a tensor are those of `self`: the kind of device, whose calls may be forced to go another way.
+// Whether calls on such a tensor are those of `self`, the kind of device, and are not forced to go another way.
 bool is_of(PyObject *self, const Tensor &input) {
-  return input.defined() && (self == Py_True ? input.is_cuda() && !hooked() : input.is_cpu());
+  if (!input.defined() || !choice) return false;
+  return self == Py_True ? input.is_cuda() && choice->is(true) && !hooked() : input.is_cpu() && choice->is(false);
 }
 
-// rectify(input, parameters, rule, numbers, bias_added)
+// rectify(input, parameters, rule, bias_added)
 template <bool IN_PLACE> PyObject *called(PyObject *self, PyObject *const *given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 5, "expected input, parameters, rule, numbers, bias_added");
+  TORCH_CHECK_TYPE(count == 4, "expected input, parameters, rule, bias_added");
   Tensor input;
   Asked a;
   std::optional<Tensor> out;
-  if (tensor_of(given[0], input) && is_of(self, input) && a.is(given[1], given[2], given[3])) {
-    const bool bias_added = given[4] == Py_True;
+  if (tensor_of(given[0], input) && is_of(self, input) && a.is(given[1], given[2]) && a.fit(input)) {
+    const bool bias_added = given[3] == Py_True;
     py::gil_scoped_release others_run;
     out = run(input, a.bias, a.weight, a.seed, a.rule, bias_added, IN_PLACE);
   }
@@ -112,16 +118,16 @@ struct Map {
   }
 };
 
-// layer(input, attributes of the map, map_adds_bias, parameters, rule, numbers)
+// layer(input, attributes of the map, map_adds_bias, parameters, rule)
 PyObject *layer(PyObject *self, PyObject *const *given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
-      count == 6 && PyDict_Check(given[1]), "expected input, attributes, map_adds_bias, weight, rule, numbers");
+      count == 5 && PyDict_Check(given[1]), "expected input, attributes, map_adds_bias, parameters, rule");
   Tensor input;
   Map map;
   Asked a;
   std::optional<Tensor> out;
-  if (tensor_of(given[0], input) && is_of(self, input) && map.is(given[1]) && a.is(given[3], given[4], given[5])) {
+  if (tensor_of(given[0], input) && is_of(self, input) && map.is(given[1]) && a.is(given[3], given[4])) {
     const bool map_adds = given[2] == Py_True;
     py::gil_scoped_release others_run;
     out = mapped(input, map.weight, map.geometry, map_adds, map.bias, a.weight, a.seed, a.rule);
@@ -143,8 +149,8 @@ PyMethodDef methods[] = {
 extern "C" {
 
 // (rectify, rectify_, layer) of CPU tensors, or of CUDA tensors.
-PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context) {
-  device_context = Py_NewRef(type_of_device_context);
+PyObject *fused_rect_direct(PyObject *is_cuda, PyObject *type_of_device_context, PyObject *numbers) {
+  device_context = Py_NewRef(type_of_device_context), numbers_of = Py_NewRef(numbers);
   return Py_BuildValue(
       "(NNN)", PyCFunction_New(&methods[0], is_cuda), PyCFunction_New(&methods[1], is_cuda),
       PyCFunction_New(&methods[2], is_cuda));
@@ -154,11 +160,8 @@ void fused_rect_direct_cpu(int (*entry)(const Call *)) { kernel = entry; }
 
 // The ops of CPU tensors, or of CUDA tensors, at the dispatcher; the names are objects that live as long as the process.
 void fused_rect_direct_ops(
-    int is_cuda, const char *key, PyObject *numbers, PyObject *chosen, PyObject *any, PyObject *native,
-    PyObject *triton) {
-  if (!choice)
-    numbers_of = Py_NewRef(numbers),
-    choice = new Choice{key, Py_NewRef(chosen), Py_NewRef(any), Py_NewRef(native), Py_NewRef(triton)};
+    int is_cuda, const char *key, PyObject *chosen, PyObject *any, PyObject *native, PyObject *triton) {
+  if (!choice) choice = new Choice{key, Py_NewRef(chosen), Py_NewRef(any), Py_NewRef(native), Py_NewRef(triton)};
   register_ops(is_cuda ? c10::DispatchKey::AutogradCUDA : c10::DispatchKey::AutogradCPU);
 }
 

@@ -13,8 +13,6 @@ namespace {
 using Stack = torch::jit::Stack;
 using Given = c10::ArrayRef<c10::IValue>;
 
-PyObject *numbers_of = nullptr;  // rules.py's numbers, of a rule's name and bounds
-
 // backends/__init__.py's choice of an implementation: a thread's own, else the process's. Names are compared as
 // objects.
 struct Choice {
@@ -32,16 +30,7 @@ Tensor tensor_at(Given given, size_t place) { return given[place].isNone() ? Ten
 
 // The rule whose name and bounds begin at `place`.
 Rule rule_at(Given given, size_t place) {
-  using Name = std::tuple<std::string, int64_t, int64_t>;
-  using Numbers = std::tuple<int64_t, double, double>;
-  static auto *const known = new std::map<Name, Numbers>;
-  const std::string &name = given[place].toStringRef();
-  const double lower = given[place + 1].toDouble(), upper = given[place + 2].toDouble();
-  const auto bits = [](double number) { return std::bit_cast<int64_t>(number); };
-  const auto [slope, first, second] = cuda::Known::all().get(*known, Name(name, bits(lower), bits(upper)), [&] {
-    return ask([&](py::handle) { return py::handle(numbers_of)(name, lower, upper).cast<Numbers>(); });
-  });
-  return {name, lower, upper, slope, first, second};
+  return rule_of(given[place].toStringRef(), given[place + 1].toDouble(), given[place + 2].toDouble());
 }
 
 // Whether a layout was asked for, and which; false: as Python has it.

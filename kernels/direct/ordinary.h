@@ -27,9 +27,10 @@ int (*kernel)(const Call *) = nullptr;  // rectify.cpp's entry, where CPU tensor
 PyObject *host = nullptr;               // direct.py's Host, where CUDA tensors are served
 PyObject *runtime = nullptr;            // where Triton keeps its hooks,
 PyObject *kernels = nullptr;            // and kernels keep their own
+PyObject *numbers_of = nullptr;         // rules.py's numbers, of a rule's name and bounds
 PyObject *device_context = nullptr;     // the type of torch.device as a context, which says where new tensors go
 
-// rules.py's Rule, and its number and constants: Python's table hands them over with each call.
+// rules.py's Rule, and its number and constants.
 struct Rule {
   std::string_view name;
   double lower, upper;

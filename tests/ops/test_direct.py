@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 import fused_rect as fr
 from fused_rect import backends, ops
 from fused_rect.kernels import direct
-from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu, numbers
+from fused_rect.rules import PRELU, RELU, Parameters, Rule, leaky_relu
 
 pytestmark = MARKS
 
@@ -34,11 +34,13 @@ def forced():
 
 
 def rectify(tensors, rule, bias_added=False):
-    return DIRECT.rectify(tensors[0], Parameters(*tensors[1:]), rule, numbers(rule), bias_added)
+    with torch.autocast(DEVICE):  # where dtypes may differ
+        return DIRECT.rectify(tensors[0], Parameters(*tensors[1:]), rule, bias_added)
 
 
 def rectify_(tensors, rule, bias_added=False):
-    return DIRECT.rectify_(tensors[0], Parameters(*tensors[1:]), rule, numbers(rule), bias_added)
+    with torch.autocast(DEVICE):
+        return DIRECT.rectify_(tensors[0], Parameters(*tensors[1:]), rule, bias_added)
 
 
 def arguments(shape, dtype, rule, channels_last=False, wide=False, needs="xbw", has_bias=True):
@@ -503,7 +505,7 @@ def test_unusual_tensors_are_left_to_python():
     conv, linear = fr.nn.ConvReLU2d(2, 3, 3), fr.nn.LinearReLU(2, 3)
 
     def left(layer, x):
-        return DIRECT.layer(x, layer[0].__dict__, DEVICE == "cpu", Parameters(), RELU, numbers(RELU)) is None
+        return DIRECT.layer(x, layer[0].__dict__, DEVICE == "cpu", Parameters(), RELU) is None
 
     x = torch.randn(1, 2, 5, 5)
     assert not left(conv, x) and not left(linear, torch.randn(4, 2))
