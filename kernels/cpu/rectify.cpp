@@ -12,12 +12,16 @@
 // of threads, and no two threads write one byte of the bits, but for the strips of wide rows, which say so.
 // Compile with -ffp-contract=off: float32 equals eager bit for bit, and the sums are those of the products stored.
 #include <algorithm>
+#include <bitset>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <tuple>
 #include <type_traits>
@@ -26,6 +30,7 @@
 #include "call.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -50,6 +55,21 @@ template <class V> V load(const void *from) {
   return v;
 }
 template <class V> void store(void *to, V v) { std::memcpy(to, &v, sizeof v); }
+
+// To memory past the caches, which then need not read what is written over. Other threads see it after `fence`.
+template <int BYTES> void stream(void *to, const void *from) {
+#if VECTOR_BYTES >= 32
+  if constexpr (BYTES == 32) _mm256_stream_si256((__m256i *)to, load<__m256i>(from));
+  else _mm_stream_si128((__m128i *)to, load<__m128i>(from));
+#else
+  std::memcpy(to, from, BYTES);
+#endif
+}
+void fence() {
+#if VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -316,8 +336,9 @@ template <class A> struct Slopes {
 
 // Of one plane, or of lines of `columns`, which are a multiple of 64 where a segment holds several.
 
-// marking: forward that finds the bits; scaling: forward of x * scale + bias, without bits
-enum Pass { forward, marking, scaling, backward };
+// marking: forward that finds the bits; scaling: forward of x * scale + bias, without bits; streaming: forward without
+// bits, whose output the caches cannot hold
+enum Pass { forward, marking, scaling, streaming, backward };
 
 // Adds to sums of vectors, whose lanes are float64: a constant's sum keeps its digits however short a vector is.
 template <class V> void widen(V v, double *sum) {
@@ -356,7 +377,10 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   using M = typename Sides::M;
   using Total = std::conditional_t<ROWS, A, double>;
   static constexpr int W = E::lanes;
-  static constexpr int abreast = P == backward && !ROWS && W <= 8 ? 8 : 4;  // vectors at a time; their sum is widened once
+  // Vectors at a time, whose sum is widened once. Without bits and sums there is nothing to share, and a loop of one was
+  // 4 % faster from beyond the first caches than one of four.
+  static constexpr bool alone = P != backward && P != marking;
+  static constexpr int abreast = alone ? 1 : P == backward && !ROWS && W <= 8 ? 8 : 4;
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;
 
   const A *bias, *slope, *scale;   // ROWS: of the columns; else one number each, but for random slopes
@@ -372,7 +396,10 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     // Eager's choice for NaN: rules.py's nan_is_negative
     if (from_value) m = S == zero || random ? Sides::at_most_zero(z) : Sides::not_above_zero(z);
     if (P != backward) {
-      E::write(out, S == zero ? Sides::positive_part(z) : Sides::choose(m, s * z, z));
+      alignas(32) T y[W];
+      T *const to = P == streaming ? y : out;
+      E::write(to, S == zero ? Sides::positive_part(z) : Sides::choose(m, s * z, z));
+      if (P == streaming) stream<sizeof y>(out, y);
       return {V{}, V{}};
     }
     const V result = Sides::choose(m, S == zero ? V{} : g * s, g);
@@ -434,7 +461,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
       return E::read(skip ? p - skip : all);
     };
     uint64_t &word = at.words[i / 64];
-    T to[W];
+    alignas(32) T to[W];
     M m = from_value ? M{} : Sides::of(word >> i % 64 << skip);
     const V x = from_value ? read(at.value + i) : V{}, g = P == backward ? read(at.grad + i) : V{};
     const Terms t = step(x, g, bias_at(column), slope_at(i - skip, column), scale_at(column), to, m);
@@ -450,7 +477,8 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
     // not + V{}: an absent bias is -0, which changes no x
     segment.one = {*bias - V{}, *slope - V{}, P == scaling ? *scale - V{} : V{}};
     int64_t i = 0, column = 0;
-    for (; i + 64 <= at.count; i += 64) {
+    for (; (ROWS || !alone) && i + 64 <= at.count; i += 64) {
+#pragma GCC unroll 1
       for (int k = 0; k < 64; k += abreast * W) segment.template vectors<abreast>(at, i + k, column + k);
       column = ROWS && column + 64 == columns ? 0 : column + 64;
     }
@@ -694,6 +722,7 @@ template <class T, Slope S, Pass P> void planes(const Call &c) {
       if (weights) weights[part] = (A)std::accumulate(weight_sum, weight_sum + lanes, 0.0);
       if (position + count == end) plane++, k = k + 1 == c.channels ? 0 : k + 1;
     }
+    if (P == streaming) fence();
   });
   auto add = [&](const Array<A> &parts) {
     return [&](int64_t first, int64_t count, double *sums) { cut.add(parts.get(), first, count, sums); };
@@ -744,6 +773,7 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
       for (int i = 0; i < 2; i++)
         if (parts[i]) std::copy_n(totals[i], width, parts[i] + g * cut.columns + first);
     }
+    if (P == streaming) fence();
   });
   auto add = [&](const Array<A> &parts) {
     return [&](int64_t first, int64_t count, double *sums) { cut.add(parts.get(), first, count, sums); };
@@ -752,9 +782,44 @@ template <class T, Slope S, Pass P> void rows(const Call &c) {
   if (weights) finish(c, c.weight_sum, c.weight_type, c.weights == 1, add(weights));
 }
 
-template <class T, Slope S, Pass P> void dispatch(const Call &c) {
+bool by_rows(const Call &c) {
   const int64_t narrow = c.n / c.inner < 4 * c.channels ? 64 : 256;  // few rows don't pay for spreading parameters
-  c.channels > 1 && c.inner < narrow ? rows<T, S, P>(c) : planes<T, S, P>(c);
+  return c.channels > 1 && c.inner < narrow;
+}
+
+// What the system says of the last caches: bytes of one (0: unknown), and how many there are.
+struct Caches {
+  int64_t bytes = 0, count = 1;
+
+  Caches() {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index3/";
+    std::ifstream size(folder + "size"), map(folder + "shared_cpu_map");  // such as 32768K; a bit for each processor
+    int64_t beside = 0;
+    for (char digit; map >> digit;)
+      if (std::isxdigit(digit)) beside += std::bitset<4>(std::stoi(std::string(1, digit), nullptr, 16)).count();
+    if (beside && size >> bytes) bytes <<= 10, count = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN) / beside);
+  }
+};
+
+Caches &last_caches() {
+  static Caches found;
+  return found;
+}
+
+// Whether to write past the caches: a tensor and its output that they cannot hold, in segments that begin at whole
+// vectors. float64 of 51 MB, beside 32 MB of cache, is so rectified 1.2 to 1.4 times as fast; what the caches can hold
+// is not (.9 with two threads), and whoever reads it next would miss it there.
+template <class T> bool streams(const Call &c) {
+  const Caches &caches = last_caches();
+  const int64_t held = caches.bytes * std::min<int64_t>(c.threads, caches.count);  // one may run beside each
+  const int64_t period = c.channels * c.inner;
+  const bool whole = by_rows(c) ? period % 64 == 0 && period <= widest : c.channels == 1 || c.inner % 32 == 0;
+  return VECTOR_BYTES >= 32 && whole && c.out != c.value && (uintptr_t)c.out % 32 == 0 && held > 0 &&
+         2 * c.n * (int64_t)sizeof(T) > held;
+}
+
+template <class T, Slope S, Pass P> void dispatch(const Call &c) {
+  by_rows(c) ? rows<T, S, P>(c) : planes<T, S, P>(c);
 }
 
 template <class T, Slope S> void dispatch(const Call &c) {
@@ -762,7 +827,7 @@ template <class T, Slope S> void dispatch(const Call &c) {
   if constexpr (S != drawn)
     if (c.var) return dispatch<T, S, scaling>(Folded<typename Element<T>::A>(c));
   if constexpr (S != drawn)  // whose time is its slopes'
-    if (!c.bits) return dispatch<T, S, forward>(c);
+    if (!c.bits) return streams<T>(c) ? dispatch<T, S, streaming>(c) : dispatch<T, S, forward>(c);
   dispatch<T, S, marking>(c);
 }
 
@@ -796,6 +861,9 @@ extern "C" int fused_rect(const Call *call) {
     return no_memory;
   }
 }
+
+// For tests: what a last cache is to hold.
+extern "C" void fused_rect_caches(int64_t bytes) { last_caches().bytes = bytes; }
 
 // The words of `count` counters from `counter` on: what tests compare with the published vectors.
 extern "C" void fused_rect_words(uint64_t seed, uint64_t counter, int64_t count, uint32_t *to) {

@@ -19,6 +19,7 @@
 #include "call.h"
 
 extern "C" int fused_rect(const Call *);
+extern "C" void fused_rect_caches(int64_t bytes);
 
 static std::atomic<long> allocations_left{-1};  // negative: as many as wanted
 
@@ -153,6 +154,13 @@ static void one() {
     d.out = other.at, d.bits = (uint8_t *)others.at, d.threads = threads;
     if (several || threads == 2) run_it(d), same(out, other, type, "threads change outputs"), must(!std::memcmp(bits.at, others.at, bits.bytes), "threads change bits");
   }
+  Memory past_caches(r, n, bytes_of[type]);
+  Call past = c;
+  past.out = past_caches.at, past.bits = nullptr, past.threads = 2;
+  fused_rect_caches(1);
+  run_it(past);
+  fused_rect_caches(INT64_MAX / 1024);
+  same(out, past_caches, type, "past the caches");
   Memory in_place(x);
   Call d = c;
   d.value = d.out = in_place.at, d.bits = nullptr;

@@ -1,5 +1,6 @@
 """The C++ kernels against the eager path: every element bit for bit, sums within their rounding, each SIMD build."""
 
+import contextlib
 import ctypes
 import math
 import subprocess
@@ -86,6 +87,17 @@ def poisoned_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return room[32 : 32 + count], room
 
 
+@contextlib.contextmanager
+def caches_of_one_byte():
+    set_bytes = build.library().fused_rect_caches
+    set_bytes.argtypes = [ctypes.c_int64]
+    set_bytes(1)
+    try:
+        yield
+    finally:
+        set_bytes(2**40)
+
+
 @settings(max_examples=150)
 @given(
     shape=SHAPES, order=st.integers(0, 10**6), dtype=st.sampled_from(DTYPES),
@@ -98,6 +110,10 @@ def poisoned_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @example((3, 5, 65, 67), 1, torch.float32, Rule("leaky_relu", 0.1, 0.1), True, True, True, 1)
 @example((131, 64), 1, torch.float32, Rule("leaky_relu", 0.1, 0.1), True, True, True, 1)
 @example((263, 96), 1, torch.float64, PRELU, True, True, True, 1)
+@example((263, 64), 1, torch.float64, PRELU, True, True, True, 1)
+@example((263, 64), 1, torch.bfloat16, RELU, True, True, True, 1)
+@example((2, 3, 16, 20), 1, torch.float16, PRELU, True, True, True, 1)
+@example((2, 3, 64, 66), 1, torch.float32, RELU, True, True, True, 1)
 @example((263, 96), 1, torch.float32, RELU, True, True, True, 1)
 def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel, wide, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -117,9 +133,12 @@ def test_equals_eager(variant, shape, order, dtype, rule, has_bias, per_channel,
     eager.forward(x, parameters, rule, expected, expected_bits)
     assert same(out, expected) and torch.equal(bits, expected_bits)
     assert (room[:32] == 0xA5).all() and (room[-32:] == 0xA5).all()
-    in_place = x.clone()
+    in_place, past_caches = x.clone(), torch.empty_like(x)
     cpu.forward(in_place, parameters, rule, in_place, None)
     assert bits_equal(in_place, out)
+    with caches_of_one_byte():
+        cpu.forward(x, parameters, rule, past_caches, None)
+    assert bits_equal(past_caches, out)
     if len(shape) > 1 and not rule.random:
         mean, var, scale = (torch.randn(channels, generator=generator).to(parameter_dtype) for _ in range(3))
         norm = Norm(mean, var.abs(), scale if per_channel else None, 1e-5)
