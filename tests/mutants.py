@@ -188,12 +188,19 @@ MUTANTS = [
     Mutant(PHILOX, "a round too few", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(6)"),
     Mutant(PHILOX, "a digit of the multiplier", "0xD2511F53", "0xD2511F57"),
     Mutant(PHILOX, "the same key step for both words", "k1 = k1 + 0xBB67AE85", "k1 = k1 + 0x9E3779B9"),
-    Mutant(PHILOX, "low half of the other product", "        b.to(tl.uint32),\n", "        a.to(tl.uint32),\n"),
-    Mutant(PHILOX, "the wrong key word", "(c3 ^ k1)", "(c3 ^ k0)"),
-    Mutant(PHILOX, "the seed's upper half ignored", "(key >> 32).to(tl.uint32)", "key.to(tl.uint32)"),
+    Mutant(PHILOX, "low half of the other product", "high_0 ^ c3 ^ k1, low_0", "high_0 ^ c3 ^ k1, low_2"),
+    Mutant(PHILOX, "the high half twice", "product.to(tl.uint32), (product", "(product >> 32).to(tl.uint32), (product"),
+    Mutant(
+        PHILOX,
+        "the low half twice, in halves",
+        "FACTOR, tl.umulhi(word, tl.cast(FACTOR, tl.uint32))",
+        "FACTOR, word * FACTOR",
+    ),
+    Mutant(PHILOX, "the wrong key word", "c3 ^ k1", "c3 ^ k0"),
+    Mutant(PHILOX, "the seed's upper half ignored", "tl.load(halves + 1)", "tl.load(halves)"),
     Mutant(PHILOX, "a counter that wraps at 2^32", "high = (counter >> 32).to(tl.uint32)", "high = zero"),
     Mutant(PHILOX, "one counter a vector", "_four(vector * 2 + tl.arange", "_four(vector + tl.arange"),
-    Mutant(PHILOX, "the same counter twice", "_four(vector * 2 + 1, seed)", "_four(vector * 2, seed)"),
+    Mutant(PHILOX, "the same counter twice", "_four(vector * 2 + 1, key)", "_four(vector * 2, key)"),
     Mutant(
         PHILOX,
         "wrong lanes",
@@ -272,7 +279,7 @@ MUTANTS = [
     Mutant(RECTIFY, "rows that overlap", "tl.cast(chunk * ROWS, tl.int64)", "tl.cast(chunk * (ROWS - 1), tl.int64)"),
     Mutant(RECTIFY, "the tail's last element lost", "[None, None, :] < tail", "[None, None, :] < tail - 1"),
     Mutant(RECTIFY, "the tail's channels from 0", "_unsigned(tail_at + zero,", "_unsigned(0 * tail_at + zero,"),
-    Mutant(RECTIFY, "the seed ignored", "else tl.load(p.seed)", "else tl.load(p.seed) * 0"),
+    Mutant(RECTIFY, "the seed ignored", "return philox_key(p.seed)", "return 0, 0"),
     Mutant(RECTIFY, "the divisor as a slope", '        if SLOPE == "drawn divisor":', '        if SLOPE == "no such":'),
     Mutant(
         RECTIFY,
@@ -416,6 +423,8 @@ MUTANTS = [
     ),
     Mutant(NATIVE, "no bias for the kept input", "W::Step::from_value || !c.bits ? few", "W::Step::from_value ? few"),
     Mutant(NATIVE, "columns that run on behind a line", "column + 64 == columns ? 0", "column + 64 == 0 ? 0"),
+    Mutant(NATIVE, "rows streamed wherever they begin", "period % 64 == 0 && period <= widest", "period <= widest"),
+    Mutant(NATIVE, "planes streamed wherever they begin", "c.inner % 32 == 0", "c.inner > 0"),
     Mutant(NATIVE, "a segment that ends within a line", "longest / step.columns * step.columns", "longest"),
     Mutant(NATIVE, "the first strip's parameters", "if (strip != at) {", "if (at < 0) {"),
     Mutant(
@@ -455,7 +464,7 @@ MUTANTS = [
     ),
     Mutant(IN_CPP, "a gradient of another layout", "if (IN_PLACE && grad.strides() != strides) return false;", ""),
     Mutant(
-        IN_CPP, "one zero for both", "return std::bit_cast<int64_t>(number); };", "return (int64_t)(number * 1e9); };"
+        LAUNCHES, "one zero for both", "return std::bit_cast<int64_t>(number); };", "return (int64_t)(number * 1e9); };"
     ),
     Mutant(IN_CPP, "a seed of its own", "if (draws(rule, seed) || ", "if ("),
     Mutant(IN_CPP, "symbols read as numbers", "if (!nobody_listens() || !(input.is_cpu()", "if (!(input.is_cpu()"),
@@ -478,7 +487,9 @@ MUTANTS = [
     Mutant(
         LAUNCHES, "one slope's gradient not summed on", "by_channel : by_channel.sum()", "by_channel : by_channel[0]"
     ),
-    Mutant(DIRECT, "hooks overlooked in forward", "input.is_cuda() && !hooked()", "input.is_cuda()"),
+    Mutant(DIRECT, "hooks overlooked in forward", "choice->is(true) && !hooked()", "choice->is(true)"),
+    Mutant(DIRECT, "another implementation is chosen", "input.is_cpu() && choice->is(false)", "input.is_cpu()"),
+    Mutant(DIRECT, "mixed dtypes without autocast", "|| under_autocast(input)", "|| true"),
     Mutant(LAUNCHES, "a kernel's own hooks overlooked", "i < PyTuple_GET_SIZE(kernels)", "i < 0"),
     Mutant(LAYERS, "an autocast map as it is", " || under_autocast(input)) return {};", ") return {};"),
     Mutant(DIRECT, "a padded map as it is", " || PyUnicode_Compare(mode, names[10]))", ")"),
