@@ -10,6 +10,8 @@ import torch
 
 import fused_rect as fr
 from fused_rect import backends
+from fused_rect.backends import eager
+from fused_rect.kernels import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,22 @@ def test_forcing_nests_and_ends():
         with pytest.raises(KeyError), fr.backend("triton"):
             raise KeyError
         assert backends.name("cpu") == "eager" and backends.resolve("cpu").__name__ == "fused_rect.backends.eager"
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
+def test_forcing_holds_where_calls_in_cpp_served_before(monkeypatch):
+    """They ask themselves what is chosen."""
+    x, served = torch.randn(2, 3), []
+    fr.functional.bias_relu(x)
+    original = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args: served.append(args) or original(*args))
+    with fr.backend("eager"):
+        fr.functional.bias_relu(x)
+        fr.functional.bias_relu_(x)
+        assert len(served) == 2
+        with fr.backend("auto"):
+            fr.functional.bias_relu(x)
+    assert len(served) == 2
 
 
 # ---- how far it reaches: as far as torch.no_grad() ----
