@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import backends, internals
 from ..random import new_seed
 from ..rules import Need, Parameters, Rule
-from .checks import check, check_companions, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
+from .checks import check, check_dtypes, check_in_place, check_kept, dense, laid_out_as, one_after_the_other
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Stride = Sequence[int] | None
@@ -285,7 +285,7 @@ def run(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = Fa
     calls = backends.direct(input)
     out: Tensor | None = None if calls is None else calls.rectify(input, parameters, rule, bias_added)
     if out is None:
-        check_companions(input, parameters)
+        check_dtypes(input, parameters)
         out = rectify(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
     return out
 
@@ -294,7 +294,7 @@ def run_(input: Tensor, parameters: Parameters, rule: Rule, bias_added: bool = F
     """The same for `rectify_`."""
     calls = backends.direct(input)
     if calls is None or not calls.rectify_(input, parameters, rule, bias_added):
-        check_companions(input, parameters)
+        check_dtypes(input, parameters)
         rectify_(input, *flat(_seeded(parameters, input, rule), rule), bias_added)
 
 

@@ -39,7 +39,7 @@ def check(input: Tensor, parameters: Parameters, rule: Rule) -> None:
         _check_seed(seed, input)
 
 
-def check_companions(input: Tensor, parameters: Parameters) -> None:
+def check_dtypes(input: Tensor, parameters: Parameters) -> None:
     """The ops take float32 parameters beside 16-bit inputs; outside autocast that mix is somebody's mistake."""
     for name, parameter in (("bias", parameters.bias), ("weight", parameters.weight)):
         if parameter is None or parameter.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):

@@ -378,7 +378,7 @@ template <class T, Slope S, bool ROWS, Pass P> struct Segment {
   using Total = std::conditional_t<ROWS, A, double>;
   static constexpr int W = E::lanes;
   // Vectors at a time, whose sum is widened once. Without bits and sums there is nothing to share, and a loop of one was
-  // 4 % faster from beyond the first caches than one of four.
+  // 1 to 4 % faster from beyond the caches than one of four.
   static constexpr bool alone = P != backward && P != marking;
   static constexpr int abreast = alone ? 1 : P == backward && !ROWS && W <= 8 ? 8 : 4;
   static constexpr bool random = S == drawn, from_value = P != backward || S == learned;

@@ -43,7 +43,7 @@ struct Asked {
     return true;
   }
 
-  // Whether the parameters have the input's type, or autocast is on: checks.py's check_companions.
+  // Whether the parameters have the input's type, or autocast is on: checks.py's check_dtypes.
   bool fit(const Tensor &input) const {
     const auto same = [&](const Tensor &t) { return !t.defined() || t.scalar_type() == input.scalar_type(); };
     return (same(bias) && same(weight)) || under_autocast(input);
